@@ -1,0 +1,241 @@
+"""Rendering: a Sample to tokens with placeholder spans where media sit, plus labels. The same code for training and
+inference. Knows no model: token counts come from the recipe's model section.
+
+ChatML as Qwen2.5-VL writes it; sound sits between <|audio_bos|> and <|audio_eos|>, pictures and films between
+<|vision_start|> and <|vision_end|>. Templates: Nexus, appendix A.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from nexus.errors import BadCheckpoint, BadRecord
+from nexus.recipe import ModelConfig, TokenizerConfig
+from nexus.types import IGNORE, Audio, Image, Part, Role, Sample, Span, Text, Turn, Video
+
+SYSTEM = "You are a helpful assistant."
+SPECIALS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|audio_bos|>",
+    "<|audio_eos|>",
+    "<|audio_pad|>",
+)
+
+
+class ChatTokenizer:
+    """A byte-level BPE tokenizer with the special tokens of the chat format.
+
+    Text is never searched for special tokens: a user who types "<|im_end|>" gets those characters, not a turn end.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokenizer.encode_special_tokens = True
+        self.ids: dict[str, int] = {}
+        for token in SPECIALS:
+            found = tokenizer.token_to_id(token)
+            if found is None:
+                raise BadCheckpoint(f"tokenizer has no token {token}; expected all of {', '.join(SPECIALS)}")
+            self.ids[token] = found
+        self.pad, self.stop = self.ids["<|endoftext|>"], self.ids["<|im_end|>"]
+        self.size = tokenizer.get_vocab_size()
+        self._encode = functools.lru_cache(1 << 16)(self._encode_afresh)  # training texts come again and again
+        self.letters = [len(tokenizer.decode([i], skip_special_tokens=True).strip()) for i in range(self.size)]
+
+    @classmethod
+    def train(cls, config: TokenizerConfig, texts: Iterable[str], size: int) -> "ChatTokenizer":
+        """A tokenizer of at most `size` entries from texts (stage 0). Words are units; bytes cover everything else."""
+        tokenizer = Tokenizer(models.BPE())
+        if config.uncased:
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s']|_"), " ")]
+            )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            special_tokens=list(SPECIALS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path) -> "ChatTokenizer":
+        """Read tokenizer.json. Raises BadCheckpoint."""
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except BadCheckpoint:
+            raise
+        except Exception as error:  # the library raises plain Exception for every fault
+            raise BadCheckpoint(f"{path}: not a readable tokenizer: {' '.join(str(error).split())[:200]}") from None
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json."""
+        self._tokenizer.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        return list(self._encode(text))
+
+    def _encode_afresh(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out, outer spaces stripped."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the paper's table 1: what stands in the user turn, the instruction behind it, what is answered.
+
+    `question`: "audio" or "aloud" (words between the audio markers). `reply`: parts of the assistant turn.
+    """
+
+    question: str
+    instruction: str
+    reply: tuple[str, ...]
+
+
+# Nexus, appendix A; instruction strings as printed there.
+TASKS = {
+    "asr": Task("audio", "Please help me transcribe my current speech into text. ", ("text",)),
+    "chat": Task("audio", "", ("text",)),
+    "tts": Task("aloud", "", ("audio",)),
+    "s2s": Task("audio", "", ("text", "audio")),
+}
+
+
+def task_turns(task: str, *, sound: Audio | None = None, text: str = "", speech: Audio | None = None) -> tuple[Turn, ...]:
+    """The turns of one training or test row of a task.
+
+    `sound` is the user's speech, `text` the answer (for tts: the words to speak), `speech` the spoken answer.
+    """
+    row = TASKS[task]
+    question: Part
+    if row.question == "aloud":
+        question = Text(text, aloud=True)
+    else:
+        assert sound is not None, f"task {task} needs sound"
+        question = sound
+    user = (question, Text(row.instruction)) if row.instruction else (question,)
+    reply: list[Part] = [Text(text)] if "text" in row.reply else []
+    if "audio" in row.reply and speech is not None:
+        reply.append(speech)
+    return (Turn("user", user), Turn("assistant", tuple(reply))) if reply else (Turn("user", user),)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One conversation as tokens: labels aligned with tokens, spans with row 0, media in span order.
+
+    `spoken` are the positions of the tokens that the voice says.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    media: list[Audio | Image | Video] = field(default_factory=list)
+    spoken: list[int] = field(default_factory=list)
+
+
+def render(sample: Sample | Sequence[Turn], tokenizer: ChatTokenizer, specs: ModelConfig, answer: bool = False) -> Rendered:
+    """Tokens, labels and spans of a conversation; with `answer`, open for the assistant's reply.
+
+    Loss is on the text of every assistant turn and its end marker. Media must be loaded. Raises BadRecord for turns
+    this model cannot take (no such organ, sound where only the voice may speak).
+    """
+    out = Rendered()
+    turns = list(sample.turns if isinstance(sample, Sample) else sample)
+    if not turns or turns[0].role != "system":
+        turns.insert(0, Turn("system", (Text(SYSTEM),)))
+    for turn in turns:
+        _open(out, turn.role, tokenizer)
+        says = turn.role == "assistant"
+        speaks = says and any(isinstance(part, Audio) for part in turn.parts)
+        for part in turn.parts:
+            _part(out, part, turn.role, speaks, tokenizer, specs)
+        _add(out, [tokenizer.stop], says)
+        _add(out, tokenizer.encode("\n"), False)
+    if answer:
+        if turns[-1].role == "assistant":
+            raise BadRecord("the last turn is the assistant's; an answer needs a user turn at the end")
+        _open(out, "assistant", tokenizer)
+    limit = specs.language.max_positions
+    if len(out.tokens) > limit:
+        raise BadRecord(f"conversation takes {len(out.tokens)} positions, this model holds {limit}; shorten it")
+    return out
+
+
+def _add(out: Rendered, ids: Sequence[int], learn: bool) -> None:
+    out.tokens.extend(ids)
+    out.labels.extend(ids if learn else [IGNORE] * len(ids))
+
+
+def _open(out: Rendered, role: Role, tokenizer: ChatTokenizer) -> None:
+    _add(out, [tokenizer.ids["<|im_start|>"], *tokenizer.encode(f"{role}\n")], False)
+
+
+def _part(out: Rendered, part: Part, role: Role, speaks: bool, tokenizer: ChatTokenizer, specs: ModelConfig) -> None:
+    ids = tokenizer.ids
+    match part:
+        case Text(text, aloud=True):
+            _add(out, [ids["<|audio_bos|>"]], False)
+            _say(out, tokenizer.encode(text), False, True)
+            _add(out, [ids["<|audio_eos|>"]], False)
+        case Text(text):
+            _say(out, tokenizer.encode(text), role == "assistant", speaks)
+        case Audio() if role == "assistant":
+            pass  # the voice's own target: learned as codes from the states of the spoken tokens
+        case Audio():
+            if specs.hearing is None:
+                raise BadRecord("this model has no hearing; leave the sound out")
+            assert part.samples is not None, "sound is not loaded"
+            length = specs.hearing.tokens_for(len(part.samples))
+            _medium(out, part, "audio", length, None, tokenizer)
+        case Image():
+            assert part.pixels is not None, "picture is not loaded"
+            _see(out, part, 1, part.pixels.shape[:2], tokenizer, specs)
+        case Video():
+            assert part.frames is not None, "film is not loaded"
+            _see(out, part, len(part.frames), part.frames.shape[1:3], tokenizer, specs)
+
+
+def _say(out: Rendered, ids: Sequence[int], learn: bool, spoken: bool) -> None:
+    if spoken:
+        out.spoken.extend(range(len(out.tokens), len(out.tokens) + len(ids)))
+    _add(out, ids, learn)
+
+
+def _see(
+    out: Rendered, part: Image | Video, frames: int, size: Sequence[int], tokenizer: ChatTokenizer, specs: ModelConfig
+) -> None:
+    if specs.vision is None:
+        raise BadRecord("this model has no vision; leave the picture out")
+    grid = specs.vision.grid_for(frames, *size)
+    kind = "video" if isinstance(part, Video) else "image"
+    _medium(out, part, kind, specs.vision.tokens_for(grid), grid, tokenizer)
+
+
+def _medium(out: Rendered, part: Audio | Image | Video, kind: str, length: int, grid: tuple[int, int, int] | None, tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.ids
+    opening, closing = ("audio_bos", "audio_eos") if kind == "audio" else ("vision_start", "vision_end")
+    _add(out, [ids[f"<|{opening}|>"]], False)
+    seconds = 2.0 / part.fps if isinstance(part, Video) else 1.0  # two frames stand in one time step
+    out.spans.append(Span(kind, 0, len(out.tokens), length, len(out.media), grid, seconds))  # type: ignore[arg-type]
+    out.media.append(part)
+    _add(out, [ids[f"<|{kind}_pad|>"]] * length, False)
+    _add(out, [ids[f"<|{closing}|>"]], False)

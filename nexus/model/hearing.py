@@ -1,0 +1,116 @@
+"""Sound to language embeddings: a Whisper-shaped encoder and the adapter that concatenates five states.
+
+Sources: Whisper (Radford et al. 2022) for the encoder; Nexus section 3.1 for the adapter. Encoder frames, token
+counts and windows are computed by `HearingConfig`, the same formulas the loader uses.
+"""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nexus.model.layers import Block, BlockConfig, padding_bias, rotary
+from nexus.recipe import AdapterConfig, EncoderConfig, HearingConfig
+from nexus.types import Encoded, Sound
+
+
+def sinusoids(length: int, width: int) -> Float[Tensor, "L E"]:
+    """Whisper's fixed positions: sines in the first half of the channels, cosines in the second."""
+    rates = torch.exp(-torch.log(torch.tensor(10_000.0)) / (width // 2 - 1) * torch.arange(width // 2))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class WhisperEncoder(nn.Module):
+    """Two convolutions and bidirectional transformer layers over log-mel frames of 10 ms."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.conv1 = nn.Conv1d(config.num_mels, width, 3, stride=config.conv_strides[0], padding=1)
+        self.conv2 = nn.Conv1d(width, width, 3, stride=config.conv_strides[1], padding=1)
+        rope = config.positions == "rope"
+        if not rope:
+            frames = config.frames_for(round(config.window_seconds * 100))
+            self.register_buffer("positions", sinusoids(frames, width), persistent=False)
+        block = BlockConfig(width, config.heads, config.ffn_width, "layer", "gelu", bias=True, rope=rope)
+        self.layers = nn.ModuleList(Block(block) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, mel: Float[Tensor, "X F L"], lengths: Int[Tensor, "X"]) -> Float[Tensor, "X L2 E"]:
+        """States of each window; padding beyond its length never reaches a valid state."""
+        first, second = self.config.conv_strides
+        x = nn.functional.gelu(self.conv1(_silence_padding(mel, lengths)))
+        lengths = (lengths + first - 1) // first
+        x = nn.functional.gelu(self.conv2(_silence_padding(x, lengths)))
+        lengths = (lengths + second - 1) // second
+        x = x.transpose(1, 2)  # [X, E, L2] -> [X, L2, E]
+        frames = x.shape[1]
+        bias = padding_bias(lengths, frames) if int(lengths.min()) < frames else None
+        turns = None
+        if self.config.positions == "rope":
+            turns = rotary(torch.arange(frames, device=x.device)[None], self.config.width // self.config.heads)
+        else:
+            x = x + cast(Tensor, self.positions)[:frames]
+        for layer in self.layers:
+            x = layer(x, bias, turns)
+        return self.norm(x)
+
+
+def _silence_padding(x: Tensor, lengths: Tensor) -> Tensor:
+    """Zero the columns of [X, F, L] beyond each length, so that convolutions see the same as without padding."""
+    if int(lengths.min()) == x.shape[2]:
+        return x
+    return x * (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
+
+
+class ConcatMLP(nn.Module):
+    """Adapter: the first layer sees `stack` consecutive states as one vector, the second maps to language width."""
+
+    def __init__(self, config: AdapterConfig, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.stack = config.stack
+        self.first = nn.Linear(config.stack * width_in, config.width)
+        self.second = nn.Linear(config.width, width_out)
+
+    def forward(self, states: Float[Tensor, "M E"]) -> Float[Tensor, "M2 D"]:
+        """States whose number is a multiple of `stack` to embeddings, M2 = M / stack."""
+        stacked = states.reshape(-1, self.stack * states.shape[-1])
+        return self.second(nn.functional.gelu(self.first(stacked)))
+
+
+class Hearing(nn.Module):
+    """The organ: encoder and adapter. `tokens_for` on its config tells the loader how long each sound becomes."""
+
+    def __init__(self, config: HearingConfig, language_width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = WhisperEncoder(config.encoder)
+        self.adapter = ConcatMLP(config.adapter, config.encoder.width, language_width)
+
+    def encode(self, sound: Sound) -> Float[Tensor, "X L2 E"]:
+        """Encoder states of every window; `config.encoder.frames_for` says how many of a row are valid."""
+        mel, lengths = sound.mel, sound.lengths
+        if self.config.encoder.pad_to_window:
+            full = round(self.config.encoder.window_seconds * 100)
+            mel = nn.functional.pad(mel, (0, full - mel.shape[2]))
+            lengths = torch.full_like(lengths, full)
+        return self.encoder(mel, lengths)
+
+    def forward(self, sound: Sound) -> Encoded:
+        """Embeddings of all items, packed. The last group of `stack` states of a window is filled up with zeros."""
+        states = self.encode(sound)
+        stack = self.config.adapter.stack
+        frames = [self.config.encoder.frames_for(int(n)) for n in sound.lengths]
+        groups = [-(-n // stack) for n in frames]
+        padded = nn.functional.pad(states, (0, 0, 0, max(0, max(groups) * stack - states.shape[1])))
+        valid = torch.arange(padded.shape[1], device=states.device) < torch.tensor(frames, device=states.device)[:, None]
+        padded = padded * valid[..., None]
+        embeds = self.adapter(torch.cat([row[: n * stack] for row, n in zip(padded, groups, strict=True)]))
+        lengths, at = [], 0
+        for count in sound.windows:
+            lengths.append(sum(groups[at : at + count]))
+            at += count
+        return Encoded(embeds, lengths)

@@ -1,0 +1,133 @@
+"""The language model: a wrapper over the Qwen2.5-VL text classes of transformers.
+
+It offers embeddings, M-RoPE positions, hidden states, logits and an explicit state for incremental decoding, and
+knows nothing of sound, pictures or speech.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from nexus.recipe import LanguageConfig, VisionConfig
+from nexus.types import Span
+
+
+@dataclass
+class LanguageState:
+    """What incremental decoding remembers: keys and values, which cached positions are real, the next position."""
+
+    cache: DynamicCache
+    mask: Bool[Tensor, "B T"]
+    next_position: Int[Tensor, "B"]
+
+
+def mrope_positions(
+    mask: Bool[Tensor, "B T"], spans: Sequence[Span], vision: VisionConfig | None
+) -> tuple[Int[Tensor, "3 B T"], Int[Tensor, "B"]]:
+    """M-RoPE positions (time, height, width) and the next free position of each row (Qwen2.5-VL section 2.1).
+
+    Text and sound count up by one on all three axes. A picture or film at position p takes p + (floor(time step x
+    tokens per second x seconds per step), row, column) on the merged grid, and the text after it goes on at
+    p + max(rows, columns). Masked positions (padding, left or right) hold zeros. Spans of a row must be in order.
+    """
+    counts = mask.long()
+    jumps = torch.zeros_like(counts)  # correction of the running count that a vision span causes behind itself
+    for span in spans:
+        if span.grid is None:
+            continue
+        assert vision is not None
+        extent = max(span.grid[1], span.grid[2]) // vision.merge
+        if span.start + span.length < mask.shape[1]:
+            jumps[span.row, span.start + span.length] += extent - span.length
+    flat = (counts.cumsum(1) - 1 + jumps.cumsum(1)) * counts
+    positions = flat.expand(3, -1, -1).clone()
+    for span in spans:
+        if span.grid is None or vision is None:
+            continue
+        steps, rows, columns = span.grid[0], span.grid[1] // vision.merge, span.grid[2] // vision.merge
+        interval = vision.tokens_per_second * span.seconds_per_grid if span.kind == "video" else 1
+        start = int(flat[span.row, span.start])
+        time = (torch.arange(steps) * interval).long()
+        grid = torch.stack(torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")).flatten(1)
+        positions[:, span.row, span.start : span.start + span.length] = (grid + start).to(positions.device)
+    return positions, positions.amax((0, 2)) + 1
+
+
+class Language(nn.Module):
+    """The organ: `backbone` and `head` are the published modules under their own names."""
+
+    def __init__(self, config: LanguageConfig) -> None:
+        super().__init__()
+        self.config = config
+        published = Qwen2_5_VLTextConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.ffn_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.kv_heads,
+            max_position_embeddings=config.max_positions,
+            rms_norm_eps=config.norm_eps,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": config.rope_theta,
+                "mrope_section": list(config.mrope_section),
+            },
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        published._attn_implementation = "eager"
+        self.backbone = Qwen2_5_VLTextModel(published)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        nn.init.normal_(self.head.weight, std=published.initializer_range)
+
+    def embed(self, tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
+        """Input embeddings of tokens."""
+        return self.backbone.embed_tokens(tokens)
+
+    def hidden(
+        self, embeds: Float[Tensor, "B T D"], positions: Int[Tensor, "3 B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T D"]:
+        """Last states after the final norm. Causal; masked positions are seen by nobody."""
+        out = self.backbone(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
+        )
+        return out.last_hidden_state
+
+    def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:
+        """Scores over the vocabulary."""
+        return self.head(hidden)
+
+    def start(
+        self,
+        embeds: Float[Tensor, "B T D"],
+        positions: Int[Tensor, "3 B T"],
+        mask: Bool[Tensor, "B T"],
+        following: Int[Tensor, "B"],
+    ) -> tuple[Float[Tensor, "B T D"], LanguageState]:
+        """Hidden states of left-padded prompts, and the state to go on from."""
+        cache = DynamicCache(config=self.backbone.config)
+        out = self.backbone(
+            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+        return out.last_hidden_state, LanguageState(cache, mask, following)
+
+    def step(self, state: LanguageState, tokens: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
+        """Feed one token per row; returns the state at that token's own position and advances `state`."""
+        state.mask = torch.cat([state.mask, state.mask.new_ones(len(tokens), 1)], dim=1)
+        positions = state.next_position[None, :, None].expand(3, -1, -1)
+        out = self.backbone(
+            inputs_embeds=self.embed(tokens)[:, None],
+            position_ids=positions,
+            attention_mask=state.mask,
+            past_key_values=state.cache,
+            use_cache=True,
+        )
+        state.next_position = state.next_position + 1
+        return out.last_hidden_state[:, 0]

@@ -1,0 +1,156 @@
+"""The transformer block shared by hearing and voice: settings instead of variants, state as an explicit value.
+
+With other numbers the same block is Whisper's encoder layer (layer norm, GELU, no rotation, no bias on keys) or a
+decoder layer of the voice (RMS norm, gated feed-forward, rotary positions, causal with a key-value state).
+
+Attention is written out as products and a softmax: for the short sequences here this is 1.35 times faster in
+training on a CPU than `scaled_dot_product_attention`, whose backward pass dominates there.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Sizes and choices of one block."""
+
+    width: int
+    heads: int
+    ffn_width: int
+    norm: Literal["layer", "rms"] = "rms"
+    feed_forward: Literal["gelu", "gated"] = "gated"
+    bias: bool = False  # Whisper: True, except on the keys
+    rope: bool = True
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32 whatever the autocast type."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+def rotary(positions: Int[Tensor, "B T"], head_width: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, T, head_width] for the given integer positions."""
+    rates = theta ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
+    angles = positions[..., None].float() * rates
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "B H T d"], cosines: Tensor, sines: Tensor) -> Float[Tensor, "B H T d"]:
+    """Apply rotary positions to queries or keys."""
+    left, right = x.chunk(2, dim=-1)
+    return (x * cosines + torch.cat([-right, left], dim=-1) * sines).to(x.dtype)
+
+
+@dataclass
+class KeyValues:
+    """Keys and values of one block for incremental decoding, [B, heads, capacity, head width], grown by doubling.
+
+    Rows advance independently: `KVState.lengths` says how much of each row is filled.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def put(self, rows: Tensor, at: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys and values [R, heads, head width] of one new position of `rows`, in place."""
+        if int(at.max()) >= self.keys.shape[2]:
+            self.keys = torch.cat([self.keys, torch.zeros_like(self.keys)], dim=2)
+            self.values = torch.cat([self.values, torch.zeros_like(self.values)], dim=2)
+        self.keys[rows, :, at] = keys.to(self.keys.dtype)
+        self.values[rows, :, at] = values.to(self.values.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        norm = nn.LayerNorm if config.norm == "layer" else RMSNorm
+        width, bias = config.width, config.bias
+        self.attention_norm = norm(width)
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=bias)
+        self.out = nn.Linear(width, width, bias=bias)
+        self.ffn_norm = norm(width)
+        self.up = nn.Linear(width, config.ffn_width, bias=bias)
+        self.gate = nn.Linear(width, config.ffn_width, bias=bias) if config.feed_forward == "gated" else None
+        self.down = nn.Linear(config.ffn_width, width, bias=bias)
+
+    def _project(self, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (scaled), keys and values [B, heads, T, head width], rotated."""
+        batch, length, width = x.shape
+        heads = self.config.heads
+        shape = (batch, length, heads, width // heads)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
+        if turns is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
+        return q * (width // heads) ** -0.5, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        scores = q @ k.transpose(-1, -2)
+        if bias is not None:
+            scores = scores + bias
+        weights = scores.float().softmax(dim=-1).to(v.dtype)
+        mixed = (weights @ v).transpose(1, 2)
+        return self.out(mixed.flatten(2))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(nn.functional.gelu(self.up(x)))
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        bias: Float[Tensor, "#B #H #T T"] | None = None,
+        turns: tuple[Tensor, Tensor] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Whole sequences. `bias` is added to the attention scores (0 or -inf), `turns` from `rotary`."""
+        x = x + self._attend(*self._project(self.attention_norm(x), turns), bias)
+        return x + self._feed(self.ffn_norm(x))
+
+    def step(
+        self, x: Float[Tensor, "R 1 D"], state: KeyValues, rows: Int[Tensor, "R"], at: Int[Tensor, "R"], turns: tuple[Tensor, Tensor]
+    ) -> Float[Tensor, "R 1 D"]:
+        """One new position for some rows: stores its keys and values, attends to everything up to it."""
+        q, k, v = self._project(self.attention_norm(x), turns if self.config.rope else None)
+        state.put(rows, at, k[:, :, 0], v[:, :, 0])
+        longest = int(at.max()) + 1
+        keys, values = state.keys[rows, :, :longest], state.values[rows, :, :longest]
+        seen: Bool[Tensor, "R L"] = torch.arange(longest, device=x.device) <= at[:, None]
+        bias = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, float("-inf"))[:, None, None]
+        x = x + self._attend(q, keys.to(q.dtype), values.to(q.dtype), bias)
+        return x + self._feed(self.ffn_norm(x))
+
+    def start(self, rows: int, capacity: int = 64) -> KeyValues:
+        """An empty state for `rows` rows, in the type and place of the weights."""
+        weight = self.query.weight
+        shape = (rows, self.config.heads, capacity, self.config.width // self.config.heads)
+        return KeyValues(weight.new_zeros(shape), weight.new_zeros(shape))
+
+
+def padding_bias(lengths: Int[Tensor, "N"], longest: int) -> Float[Tensor, "N 1 1 T"]:
+    """Attention bias that hides positions at and after each row's length."""
+    hidden = torch.arange(longest, device=lengths.device) >= lengths[:, None]
+    return torch.zeros(hidden.shape, device=lengths.device).masked_fill(hidden, float("-inf"))[:, None, None]
+
+
+def causal_bias(length: int, device: torch.device | None = None) -> Float[Tensor, "1 1 T T"]:
+    """Attention bias that hides the future."""
+    return torch.full((length, length), float("-inf"), device=device).triu(1)[None, None]

@@ -1,0 +1,175 @@
+"""OmniModel: four organs and a codec. Media become embeddings, embeddings are spliced into the spans, language reads
+them, the voice turns language states into sound. Tensors in, tensors out: it knows no files of data and no texts.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nexus.codec import StreamDecoder
+from nexus.codec.rvq import RVQCodec
+from nexus.errors import Misaligned
+from nexus.model.hearing import Hearing
+from nexus.model.language import Language, LanguageState, mrope_positions
+from nexus.model.vision import Vision
+from nexus.model.voice.delayed import DelayedVoice
+from nexus.recipe import ModelConfig
+from nexus.types import IGNORE, Batch, Encoded, Script, Span, SpeechBatch
+
+
+def splice(embeds: Float[Tensor, "B T D"], media: Encoded, spans: Sequence[Span], kind: str) -> Float[Tensor, "B T D"]:
+    """Place media embeddings at their spans. Raises Misaligned naming the item and both counts."""
+    for span in spans:
+        if span.length != media.lengths[span.item]:
+            raise Misaligned(
+                f"{kind} item {span.item}: the prompt holds {span.length} placeholders, the encoder produced "
+                f"{media.lengths[span.item]}; was the row rendered with another recipe?"
+            )
+    if len(spans) != len(media.lengths):
+        raise Misaligned(f"{kind}: the prompt has {len(spans)} spans, the encoder got {len(media.lengths)} items")
+    rows = torch.cat([torch.full((span.length,), span.row) for span in spans])
+    columns = torch.cat([torch.arange(span.start, span.start + span.length) for span in spans])
+    return embeds.index_put((rows.to(embeds.device), columns.to(embeds.device)), media.embeds.to(embeds.dtype))
+
+
+@dataclass(frozen=True)
+class Written:
+    """One step of an answer: the new token of each row, the state that predicted it, the state at its own position,
+    and which rows are still writing (a row's stop token is its last)."""
+
+    tokens: Int[Tensor, "B"]
+    pre: Float[Tensor, "B D"]
+    post: Float[Tensor, "B D"]
+    active: Bool[Tensor, "B"]
+
+
+class OmniModel(nn.Module):
+    """The model of a recipe. Organs the recipe leaves out are None."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.language.width
+        self.language = Language(config.language)
+        self.vision = Vision(config.vision, width) if config.vision else None
+        self.hearing = Hearing(config.hearing, width) if config.hearing else None
+        self.voice = DelayedVoice(config.voice, width) if config.voice else None
+        self.codec = RVQCodec(config.codec) if config.codec else None
+
+    def embeds(self, batch: Batch) -> Float[Tensor, "B T D"]:
+        """Token embeddings with the media spliced in."""
+        x = self.language.embed(batch.tokens)
+        if batch.sight is not None:
+            assert self.vision is not None, "pictures for a model without vision"
+            x = splice(x, self.vision(batch.sight), [s for s in batch.spans if s.kind != "audio"], "vision")
+        if batch.sound is not None:
+            assert self.hearing is not None, "sound for a model without hearing"
+            x = splice(x, self.hearing(batch.sound), [s for s in batch.spans if s.kind == "audio"], "audio")
+        return x
+
+    def hidden(self, batch: Batch) -> Float[Tensor, "B T D"]:
+        """Last language states of a right-padded batch."""
+        positions, _ = mrope_positions(batch.mask, batch.spans, self.config.vision)
+        return self.language.hidden(self.embeds(batch), positions, batch.mask)
+
+    def forward(self, batch: Batch | SpeechBatch) -> dict[str, Float[Tensor, ""]]:
+        """Losses by name: `text` for conversations, `speech` for scripts with codes."""
+        if isinstance(batch, SpeechBatch):
+            assert self.voice is not None, "speech for a model without a voice"
+            return self.voice.loss(batch.script, batch.codes, batch.lengths)
+        hidden = self.hidden(batch)
+        targets = batch.labels[:, 1:]  # the one place where labels are shifted
+        learn = targets != IGNORE
+        logits = self.language.logits(hidden[:, :-1][learn])  # only where a label exists: [n, V]
+        return {"text": nn.functional.cross_entropy(logits.float(), targets[learn])}
+
+    @torch.no_grad()
+    def write(self, batch: Batch, stop: int, max_tokens: int, vocabulary: int) -> Iterator[Written]:
+        """Greedy answers to left-padded prompts, token by token, until every row wrote `stop` or max_tokens passed.
+
+        Only the first `vocabulary` entries may be written; the embedding table may hold spare rows behind them.
+        """
+        positions, following = mrope_positions(batch.mask, batch.spans, self.config.vision)
+        hidden, state = self.language.start(self.embeds(batch), positions, batch.mask, following)
+        pre = hidden[:, -1]
+        active = torch.ones(len(pre), dtype=torch.bool, device=pre.device)
+        for _ in range(max_tokens):
+            tokens = torch.where(active, self.language.logits(pre)[:, :vocabulary].argmax(-1), stop)
+            post = self.language.step(state, tokens)
+            yield Written(tokens, pre, post, active)
+            active = active & (tokens != stop)
+            if not bool(active.any()):
+                return
+            pre = post
+
+    @torch.no_grad()
+    def spoken_states(self, batch: Batch, spoken: Sequence[Sequence[int]]) -> list[Float[Tensor, "N D"]]:
+        """States of the spoken tokens of each row, at their own position or the one before (`voice.states`)."""
+        assert self.config.voice is not None
+        back = 1 if self.config.voice.states == "pre" else 0
+        hidden = self.hidden(batch)
+        return [hidden[row, torch.tensor(at, dtype=torch.long) - back] for row, at in enumerate(spoken)]
+
+    def speaker(self, rows: int, max_seconds: float | None = None) -> "Speaker":
+        """Something that says scripts aloud, row by row; each row ends at max_seconds (default: the voice's limit)."""
+        return Speaker(self, rows, max_seconds)
+
+
+class Speaker:
+    """Voice and codec joined: language states in, sound out, every row at its own pace."""
+
+    def __init__(self, model: OmniModel, rows: int, max_seconds: float | None) -> None:
+        assert model.voice is not None and model.codec is not None, "this model has no voice"
+        self._voice, self._codec = model.voice, model.codec
+        self._state = model.voice.start(rows)
+        self._decoders: list[StreamDecoder] = [model.codec.decoder() for _ in range(rows)]
+        self._columns: list[list[Tensor]] = [[] for _ in range(rows)]
+        self._sent = [0] * rows
+        seconds = model.voice.config.max_seconds if max_seconds is None else max_seconds
+        self._limit = round(seconds * model.codec.config.frame_rate_hz)
+
+    def say(self, row: int, states: Float[Tensor, "N D"], embeds: Float[Tensor, "N D"], letters: Sequence[int]) -> None:
+        """More tokens for a row."""
+        with torch.no_grad():
+            self._voice.hear(self._state, row, states, embeds, list(letters))
+
+    def end(self, row: int) -> None:
+        """No more tokens will come for a row."""
+        self._voice.end(self._state, row)
+
+    def done(self, row: int) -> bool:
+        """Whether a row has said everything."""
+        return self._voice.is_done(self._state, row)
+
+    def over_limit(self, row: int) -> bool:
+        """Whether a row has reached its limit in seconds without ending."""
+        return self._voice.frames(self._state, row) >= self._limit
+
+    def step(self) -> bool:
+        """One frame for every row that can speak now; False when there is none."""
+        rows = [r for r in range(len(self._sent)) if self._voice.ready(self._state, r) and not self.over_limit(r)]
+        if not rows:
+            return False
+        for row, column in zip(rows, self._voice.step(self._state, rows), strict=True):
+            self._columns[row].append(column)
+        return True
+
+    def codes(self, row: int) -> Int[Tensor, "K S"]:
+        """All complete frames of a row so far."""
+        frames, books = self._voice.frames(self._state, row), self._voice.config.books
+        if not frames:
+            return torch.zeros(books, 0, dtype=torch.long)
+        delayed = torch.stack(self._columns[row][: frames + books - 1], dim=1)
+        return torch.stack([delayed[k, k : k + frames] for k in range(books)])
+
+    @torch.no_grad()
+    def sound(self, row: int) -> Float[Tensor, "W"]:
+        """The sound of the frames completed since the last call (samples at the codec's rate)."""
+        codes = self.codes(row)[:, self._sent[row] :]
+        self._sent[row] += codes.shape[1]
+        if not codes.shape[1]:
+            return torch.zeros(0)
+        return self._decoders[row].push(codes)

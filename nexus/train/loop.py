@@ -1,0 +1,113 @@
+"""The training loop: one function, top to bottom, for every stage. It knows neither data nor models."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nexus.errors import NexusError
+from nexus.recipe import OptimConfig
+from nexus.train.stage import parameter_groups
+
+PROBE_STEPS = 25  # the speed of a stage is measured once on steps 5 .. 25, all inside the warm-up
+
+
+class Watch(Protocol):
+    """What the loop tells a progress display."""
+
+    total: int | None
+
+    def advance(self, count: int = 1, **numbers: float) -> None: ...
+
+
+@dataclass
+class Pace:
+    """How many steps a stage takes: given, or measured once from a budget in seconds."""
+
+    seconds: float
+    min_steps: int
+    steps: int | None = None
+
+    def decide(self, steps_per_second: float) -> int:
+        """Fix the number of steps; later calls return the same number."""
+        if self.steps is None:
+            self.steps = max(self.min_steps, PROBE_STEPS, int(self.seconds * steps_per_second))
+        return self.steps
+
+
+def rate_factor(step: int, steps: int | None, optim: OptimConfig) -> float:
+    """Learning-rate factor: warm-up, constant, then linear to final_factor from decay_from of the steps.
+
+    Warm-up steps do not depend on the total, so that a stage may start before its length is known.
+    """
+    if step < optim.warmup_steps or steps is None:
+        return min(1.0, (step + 1) / max(1, optim.warmup_steps))
+    begin = max(optim.warmup_steps, optim.decay_from * steps)
+    if step < begin:
+        return 1.0
+    return 1.0 - (1.0 - optim.final_factor) * (step - begin) / max(1.0, steps - begin)
+
+
+def fit(
+    parameters: dict[str, nn.Parameter],
+    optim: OptimConfig,
+    losses: Callable[[int], dict[str, Tensor]],
+    pace: Pace,
+    watch: Watch,
+    bf16: bool,
+    planned: Callable[[int], None] = lambda steps: None,
+) -> list[dict[str, float]]:
+    """Train `parameters` on losses(step)["loss"]; returns one row of numbers per logged step.
+
+    `planned` is told the number of steps as soon as it is fixed. Everything a step depends on must follow from its
+    number, so that the same plan gives the same weights. Raises NexusError on a loss that is not finite.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(parameters, optim), betas=optim.betas, fused=True)
+    curve: list[dict[str, float]] = []
+    begun = time.perf_counter()
+    probe = begun
+    step = 0
+    while pace.steps is None or step < pace.steps:
+        if pace.steps is None and step == 5:
+            probe = time.perf_counter()
+        if pace.steps is None and step == PROBE_STEPS:
+            pace.decide((PROBE_STEPS - 5) / (time.perf_counter() - probe))
+        if pace.steps is not None and watch.total is None:
+            watch.total = pace.steps
+            planned(pace.steps)
+        factor = rate_factor(step, pace.steps, optim)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
+            numbers = losses(step)
+        total = numbers["loss"]
+        if not bool(torch.isfinite(total)):
+            raise NexusError(f"loss is {float(total)} at step {step}; lower optim.rate or look at the data of this step")
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(list(parameters.values()), optim.clip_norm)
+        optimizer.step()
+        step += 1
+        watch.advance(1, loss=float(total.detach()))
+        if step % 20 == 0 or step == pace.steps:
+            row = {name: float(value.detach()) for name, value in numbers.items()}
+            curve.append({"step": step, "seconds": time.perf_counter() - begun, "rate": optim.rate * factor, **row})
+    return curve
+
+
+def bf16_is_faster() -> bool:
+    """Whether a bfloat16 product beats float32 on this machine, by timing (processors without it are slower)."""
+    a = torch.randn(768, 768)
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = a.to(dtype)
+        x @ x
+        begin = time.perf_counter()
+        for _ in range(8):
+            x @ x
+        times[dtype] = time.perf_counter() - begin
+    return times[torch.bfloat16] < 0.8 * times[torch.float32]

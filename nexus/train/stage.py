@@ -1,0 +1,54 @@
+"""A stage's freeze policy as data: globs over full parameter names decide what trains."""
+
+import hashlib
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from nexus.errors import BadConfig
+from nexus.recipe import OptimConfig
+
+
+def trainable_names(model: nn.Module, globs: Sequence[str]) -> list[str]:
+    """Names of the parameters a stage trains. Raises BadConfig for a glob that matches nothing."""
+    names = [name for name, _ in model.named_parameters()]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            tops = sorted({".".join(name.split(".")[:2]) for name in names})
+            raise BadConfig(f"trainable glob {glob!r} matches no parameter; there are {', '.join(tops)}")
+    return [name for name in names if any(fnmatchcase(name, glob) for glob in globs)]
+
+
+def freeze(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Let gradients flow exactly into the parameters that the globs name; returns them."""
+    chosen = set(trainable_names(model, globs))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+        parameter.grad = None
+    return {name: parameter for name, parameter in model.named_parameters() if name in chosen}
+
+
+def frozen_digest(model: nn.Module, globs: Sequence[str]) -> str:
+    """Digest over every parameter a stage must not touch, bit for bit."""
+    chosen = set(trainable_names(model, globs))
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in chosen:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parameter_groups(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, object]]:
+    """AdamW groups: a rate factor per glob; no weight decay on vectors (norms, biases)."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        factor = next((f for glob, f in optim.rates.items() if fnmatchcase(name, glob)), 1.0)
+        groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": members, "lr": optim.rate * factor, "rate": optim.rate * factor,
+         "weight_decay": optim.weight_decay if matrix else 0.0}
+        for (factor, matrix), members in groups.items()
+    ]  # fmt: skip
