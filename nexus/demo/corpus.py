@@ -1,0 +1,200 @@
+"""The demo's sound: which sentence is spoken by which voice with which noise, and the waveforms on disk.
+
+Everything that is decided here follows from the seed; the synthesiser itself is not bit-reproducible, so waveforms
+are made once, kept in shards, and never part of an identity: a sample's id is a hash of text, voice, parameters and
+step versions. A killed run keeps its finished shards.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nexus.demo.phrases import Item
+from nexus.demo.world import World
+from nexus.engines.speak import Voice, speak_many, voice_pool
+from nexus.media import resample
+from nexus.recipe import WorldConfig, fingerprint
+from nexus.types import Audio
+
+RATE_HZ = 16_000
+SHARD = 1000  # utterances; the unit that survives a kill
+STEPS = {"espeakng-loader": "0.2.4", "trim": 1, "resample": 1, "noise": 1}  # a change here is a new corpus
+MARGIN_SECONDS = 0.04  # silence left at both ends
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One sentence to be spoken: by whom, how loud, with how much noise (None: clean)."""
+
+    text: str
+    voice: Voice
+    gain_db: float = 0.0
+    noise_db: float | None = None
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Sixteen hex digits over text, voice, parameters and step versions; never over the sound."""
+        return fingerprint([asdict(self), STEPS])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every utterance of the demo by set, and the questions that some of them ask."""
+
+    sets: dict[str, list[Utterance]]
+    questions: list[Item]  # of the first utterances of "heard"
+    test_questions: list[Item]  # of "test_questions"
+    replies: list[int]  # for each of the first `questions`, the index of its answer in "spoken"
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint({name: [u.id for u in members] for name, members in self.sets.items()})
+
+
+def plan(world: World, config: WorldConfig) -> Plan:
+    """All texts, splits, voices, parameters and noise levels, from the seed alone."""
+    train_voices, test_voices = world.split_voices(voice_pool("en"))
+    rng = random.Random(f"voices {config.seed}")
+    target = Voice(config.target_voice, config.target_rate_wpm)
+
+    def heard(texts: Sequence[str], voices: Sequence[str]) -> list[Utterance]:
+        return [_anyone(text, voices, config, rng) for text in texts]
+
+    asked = config.heard * 6 // 10
+    questions = world.questions("train", asked)
+    sentences = world.sentences("train", config.heard - asked + config.spoken)
+    others, readings = sentences[: config.heard - asked], sentences[config.heard - asked :]
+    answers = list(dict.fromkeys(item.answer for item in questions))[: config.spoken // 2]
+    spoken = list(dict.fromkeys([*answers, *readings]))[: config.spoken]
+    place = {text: index for index, text in enumerate(spoken)}
+    test_questions = world.questions("test", config.test_questions)
+    test_sentences = world.sentences("test", config.test_heard + config.test_spoken)
+    sets = {
+        "heard": heard([*(item.question for item in questions), *others], train_voices),
+        "spoken": [Utterance(text, target) for text in spoken],
+        "test_heard": heard(test_sentences[: config.test_heard], test_voices),
+        "test_questions": heard([item.question for item in test_questions], test_voices),
+        "test_spoken": [Utterance(text, target) for text in test_sentences[config.test_heard :]],
+    }
+    return Plan(sets, questions, test_questions, [place.get(item.answer, -1) for item in questions])
+
+
+def _anyone(text: str, voices: Sequence[str], config: WorldConfig, rng: random.Random) -> Utterance:
+    voice = Voice(rng.choice(voices), rng.randint(130, 220), rng.randint(20, 80), rng.randint(25, 75))
+    return Utterance(text, voice, round(rng.uniform(-9, 3), 1), round(rng.uniform(*config.noise_db), 1))
+
+
+def finish(utterances: Sequence[Utterance], index: int, sound: Audio) -> np.ndarray:
+    """Trim, resample to 16 kHz, set the level and add seeded noise; i16 [W]. Runs in the synthesis processes."""
+    assert sound.samples is not None
+    utterance = utterances[index]
+    loud = np.flatnonzero(np.abs(sound.samples) > 0.01 * np.abs(sound.samples).max())
+    margin = round(MARGIN_SECONDS * sound.rate_hz)
+    first, last = max(0, loud[0] - margin), loud[-1] + margin
+    wave = resample(sound.samples[first:last], sound.rate_hz, RATE_HZ)
+    wave = wave * 10 ** (utterance.gain_db / 20)
+    if utterance.noise_db is not None:
+        rng = np.random.default_rng(int(utterance.id, 16))
+        noise = _coloured(rng, len(wave))
+        power = float(np.square(wave).mean())
+        wave = wave + noise * np.sqrt(power / 10 ** (utterance.noise_db / 10) / np.square(noise).mean())
+    return np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
+
+
+def _coloured(rng: np.random.Generator, length: int) -> np.ndarray:
+    """Noise between white and brown, its slope drawn by `rng`."""
+    size = 1 << (length - 1).bit_length()  # transforms of other sizes are many times slower
+    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
+    slope = rng.uniform(0.0, 1.0)
+    return np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** slope)[:length].astype(np.float32)
+
+
+class Waves:
+    """The waveforms of one set, in memory-mapped shards."""
+
+    def __init__(self, folder: Path, utterances: Sequence[Utterance]) -> None:
+        self._folder = folder
+        self._shards: list[np.ndarray] = []
+        lengths: list[np.ndarray] = []
+        for number in range(-(-len(utterances) // SHARD)):
+            lengths.append(np.load(folder / f"{number:03}.lengths.npy"))
+            self._shards.append(np.memmap(folder / f"{number:03}.i16", np.int16, "r"))
+        self.lengths = np.concatenate(lengths)
+        assert len(self.lengths) == len(utterances), (folder, len(self.lengths), len(utterances))
+        self._starts = np.concatenate([np.cumsum(n) - n for n in lengths])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Audio:
+        """Sound f32 [W] at 16 kHz."""
+        shard, start = self._shards[index // SHARD], self._starts[index]
+        samples = shard[start : start + self.lengths[index]]
+        return Audio(samples=samples.astype(np.float32) / 32767, rate_hz=RATE_HZ)
+
+    def digest(self) -> str:
+        """Digest of the waveforms: what every later result may be compared on."""
+        digest = hashlib.sha256()
+        for shard in self._shards:
+            digest.update(np.asarray(shard).tobytes())
+        return digest.hexdigest()[:16]
+
+
+def speak_set(
+    folder: Path, utterances: Sequence[Utterance], processes: int, spoken: Callable[[int, float], None]
+) -> Waves:
+    """The waveforms of a set, made now or found in `folder`; `spoken(count, seconds)` is told what is added."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [n for n in range(-(-len(utterances) // SHARD)) if not _is_whole(folder, n, utterances)]
+    jobs = [i for n in missing for i in range(n * SHARD, min((n + 1) * SHARD, len(utterances)))]
+    wanted = [utterances[i] for i in jobs]
+    found = len(utterances) - len(wanted)
+    if found:
+        spoken(found, 0.0)
+    pieces: list[np.ndarray] = []
+    made = speak_many([(u.text, u.voice) for u in wanted], processes, functools.partial(finish, wanted))
+    for place, wave in made:
+        pieces.append(wave)
+        spoken(1, len(wave) / RATE_HZ)
+        number = jobs[place] // SHARD
+        if place + 1 == len(jobs) or jobs[place + 1] // SHARD != number:
+            _write_shard(folder, number, pieces, utterances)
+            pieces = []
+    return Waves(folder, utterances)
+
+
+def _ids(number: int, utterances: Sequence[Utterance]) -> str:
+    return fingerprint([u.id for u in utterances[number * SHARD : (number + 1) * SHARD]])
+
+
+def _is_whole(folder: Path, number: int, utterances: Sequence[Utterance]) -> bool:
+    """Whether a shard was written to its end for just these utterances."""
+    note = folder / f"{number:03}.json"
+    if not note.is_file():
+        return False
+    said = json.loads(note.read_text())
+    data = folder / f"{number:03}.i16"
+    return said["ids"] == _ids(number, utterances) and data.is_file() and data.stat().st_size == said["bytes"]
+
+
+def _write_shard(folder: Path, number: int, pieces: Sequence[np.ndarray], utterances: Sequence[Utterance]) -> None:
+    """Data first, the note that declares it whole last."""
+    stem = folder / f"{number:03}"
+    data = np.concatenate(pieces)
+    with open(f"{stem}.i16.part", "wb") as file:
+        data.tofile(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{stem}.i16.part", f"{stem}.i16")
+    np.save(f"{stem}.lengths.npy", np.array([len(piece) for piece in pieces]))
+    note = {"ids": _ids(number, utterances), "bytes": data.nbytes}
+    part = Path(f"{stem}.json.part")
+    part.write_text(json.dumps(note))
+    os.replace(part, f"{stem}.json")

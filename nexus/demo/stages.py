@@ -1,0 +1,335 @@
+"""What each training stage of the demo sees and learns: one function per stage, from a step number to losses.
+
+A step's rows follow from the seed, the stage's name and the step number alone, so a stage that is run again with the
+same number of steps gives the same weights.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nexus.data.chat import SYSTEM, TASKS, ChatTokenizer, Rendered, render, task_turns
+from nexus.data.collate import collate, sound
+from nexus.data.stream import Buckets
+from nexus.demo.corpus import Plan, Waves
+from nexus.demo.pictures import CELLS, COLOURS, SHAPES, Scene, describe, picture_questions
+from nexus.demo.pictures import render as draw
+from nexus.demo.world import World
+from nexus.model.omni import OmniModel
+from nexus.pixels import patch_rows
+from nexus.recipe import Recipe, StageConfig
+from nexus.train.standins import CellNames, CharacterCTC
+from nexus.types import Audio, Batch, Image, Script, Sight, SpeechBatch, Text, Turn
+
+Losses = Callable[[int], dict[str, Tensor]]
+DESCRIBE = "please describe the picture"
+COPY = TASKS["asr"].instruction
+CROP_SECONDS = 1.1
+MASK_FROM_STEP = 150  # spectrum masking starts once the first words are heard
+
+
+@dataclass
+class Lab:
+    """Everything the stages share: the recipe, the world, the waveforms, the model under training."""
+
+    recipe: Recipe
+    world: World
+    plan: Plan
+    waves: dict[str, Waves]
+    tokenizer: ChatTokenizer
+    model: OmniModel
+    scenes: list[Scene] = field(init=False)
+    pictures: np.ndarray = field(init=False)  # u8 [N, 84, 84, 3]
+    sentences: list[str] = field(init=False)  # training texts to copy
+    talks: list[tuple[str, str]] = field(init=False)  # typed questions with answers
+
+    def __post_init__(self) -> None:
+        assert self.recipe.world is not None
+        self.scenes = self.world.scenes("train", self.recipe.world.pictures)
+        self.pictures = np.stack([draw(scene) for scene in self.scenes])
+        self.sentences = self.world.sentences("train", 30_000, stream=1)
+        self.talks = self.world.plain_texts("train", 60_000, stream=1)
+
+    def seed(self, stage: str) -> int:
+        """A number for a stage, from the world's seed and its name."""
+        return random.Random(f"{self.world.seed} {stage}").getrandbits(31)
+
+    def rng(self, stage: str, step: int) -> random.Random:
+        """The draw of one step."""
+        return random.Random(f"{self.world.seed} {stage} {step}")
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """Turns as tokens and labels."""
+        return render(turns, self.tokenizer, self.recipe.model)
+
+    def batch(self, rows: Sequence[Rendered]) -> Batch:
+        """Rows side by side."""
+        return collate(rows, self.tokenizer.pad, self.recipe.model)
+
+
+def tokenizer_texts(world: World) -> Iterator[str]:
+    """Texts from which the stand-in tokenizer learns its units: training sentences and the templates."""
+    yield from world.all_sentences_for_lm(20_000)
+    for _ in range(50):
+        yield from (SYSTEM, DESCRIBE, COPY, "system", "user", "assistant")
+
+
+def codec_losses(lab: Lab, config: StageConfig) -> Losses:
+    """Stand-in codec: spectral distance on crops of the voice to be learned."""
+    codec, waves = lab.model.codec, lab.waves["spoken"]
+    assert codec is not None
+    size = int(CROP_SECONDS * codec.config.rate_hz)
+    long = [i for i, length in enumerate(waves.lengths) if length >= size]
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rng = lab.rng("codec", step)
+        crops = []
+        for index in rng.sample(long, config.mixture["sound"]):
+            wave = torch.from_numpy(_samples(waves[index]))
+            start = rng.randrange(len(wave) - size + 1)
+            crops.append(wave[start : start + size])
+        generator = torch.Generator().manual_seed(rng.getrandbits(40))
+        return {"loss": codec.vocoder_loss(torch.stack(crops), generator)}
+
+    return losses
+
+
+def sight_losses(lab: Lab, config: StageConfig) -> tuple[Losses, nn.Module]:
+    """Stand-in vision tower, first part: what lies in each cell. Its heads stay here."""
+    vision = lab.model.vision
+    assert vision is not None
+    heads = CellNames(lab.model.config.language.width, (len(SHAPES) + 1, len(COLOURS) + 1))
+    labels = torch.tensor([_cells(scene) for scene in lab.scenes])  # [N, 9, 2]
+
+    def losses(step: int) -> dict[str, Tensor]:
+        chosen = lab.rng("sight", step).sample(range(len(lab.scenes)), config.mixture["picture"])
+        seen = vision(_sight(lab, chosen)).embeds
+        return {"loss": heads(seen, labels[chosen].flatten(0, 1))}
+
+    return losses, heads
+
+
+def backbone_losses(lab: Lab, config: StageConfig) -> Losses:
+    """Stand-in backbone: typed questions, copying under the transcription instruction, talks about pictures."""
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rng = lab.rng("backbone", step)
+        rows = [_text_row(lab, rng) for _ in range(config.mixture["text"])]
+        rows += [_picture_row(lab, rng) for _ in range(config.mixture["picture"])]
+        text = lab.model(lab.batch(rows))["text"]
+        return {"loss": text}
+
+    return losses
+
+
+def ears_losses(lab: Lab, config: StageConfig) -> tuple[Losses, CharacterCTC]:
+    """Stand-in audio encoder: spelling by CTC. Its head stays here, and helps again in stage 1."""
+    hearing = lab.model.hearing
+    assert hearing is not None
+    head = CharacterCTC(hearing.config.encoder.width)
+    waves, said = lab.waves["heard"], lab.plan.sets["heard"]
+    buckets = Buckets(waves.lengths.tolist(), config.mixture["asr"], lab.seed("ears"))
+
+    def losses(step: int) -> dict[str, Tensor]:
+        chosen = buckets.at(step)
+        heard = sound([waves[i] for i in chosen], hearing.config)
+        assert heard is not None
+        if step >= MASK_FROM_STEP:
+            _mask_spectrum(heard.mel, heard.lengths, lab.rng("mask", step))
+        frames = torch.tensor([hearing.config.encoder.frames_for(int(n)) for n in heard.lengths])
+        return {"loss": head(hearing.encode(heard), frames, [said[i].text for i in chosen])}
+
+    return losses, head
+
+
+def align_losses(lab: Lab, config: StageConfig, head: CharacterCTC) -> Losses:
+    """Stage 1: recognition and spoken questions, language frozen; a little CTC keeps the encoder's spelling."""
+    draw_rows = _audio_rows(lab, config, "align")
+    weight = config.auxiliary.get("ctc", 0.0)
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rows, heard = draw_rows(step)
+        batch = lab.batch(rows)
+        assert batch.sound is not None and lab.model.hearing is not None
+        if step >= MASK_FROM_STEP:
+            _mask_spectrum(batch.sound.mel, batch.sound.lengths, lab.rng("mask align", step))
+        with _watched(lab.model.hearing.encoder) as states:
+            text = lab.model(batch)["text"]
+        frames = torch.tensor([lab.model.hearing.config.encoder.frames_for(int(n)) for n in batch.sound.lengths])
+        ctc = head(states[0], frames, heard)
+        return {"loss": text + weight * ctc, "text": text, "ctc": ctc}
+
+    return losses
+
+
+def sft_losses(lab: Lab, config: StageConfig) -> Losses:
+    """Stage 2: spoken questions and recognition beside talks about pictures and typed text, encoders frozen."""
+    draw_rows = _audio_rows(lab, config, "sft")
+
+    def losses(step: int) -> dict[str, Tensor]:
+        rng = lab.rng("sft", step)
+        audio = lab.batch(draw_rows(step)[0])
+        rest = [_picture_row(lab, rng) for _ in range(config.mixture["vqa"])]
+        rest += [_text_row(lab, rng) for _ in range(config.mixture["text"])]
+        heard, kept = lab.model(audio)["text"], lab.model(lab.batch(rest))["text"]
+        share = len(audio.tokens) / (len(audio.tokens) + len(rest))
+        return {"loss": share * heard + (1 - share) * kept, "heard": heard, "kept": kept}
+
+    return losses
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing the voice learns to say: states and embeddings [N, D], letters [N], codes [K, S]."""
+
+    states: Tensor
+    embeds: Tensor
+    letters: Tensor
+    codes: Tensor
+
+
+def prepare_lines(lab: Lab, config: StageConfig, tell: Callable[[int], None]) -> list[Line]:
+    """Frozen language states and codec codes of everything stage 3 learns (speech synthesis, then spoken replies)."""
+    model, spoken = lab.model, lab.plan.sets["spoken"]
+    assert model.codec is not None
+    codes = []
+    with torch.no_grad():
+        for i in range(len(spoken)):
+            codes.append(model.codec.encode(torch.from_numpy(_samples(lab.waves["spoken"][i]))[None, None])[0])
+            tell(1)
+    jobs: list[tuple[tuple[Turn, ...], int]] = [
+        (task_turns("tts", text=utterance.text), i) for i, utterance in enumerate(spoken)
+    ]
+    replies = [(q, place) for q, place in enumerate(lab.plan.replies) if place >= 0]
+    wanted = len(jobs) * config.mixture["s2s"] // config.mixture["tts"]
+    for question, place in replies[:wanted]:
+        heard = lab.waves["heard"][question]
+        reply = Audio(samples=np.zeros(0, np.float32), rate_hz=16_000)  # marks the turn as spoken; its codes are known
+        jobs.append((task_turns("s2s", sound=heard, text=spoken[place].text, speech=reply), place))
+    lines: list[Line] = []
+    order = sorted(range(len(jobs)), key=lambda j: (j >= len(spoken), len(spoken[jobs[j][1]].text)))
+    for start in range(0, len(order), 64):
+        rows = [lab.render(jobs[j][0]) for j in order[start : start + 64]]
+        states = model.spoken_states(lab.batch(rows), [row.spoken for row in rows])
+        for j, row, state in zip(order[start : start + 64], rows, states, strict=True):
+            tokens = torch.tensor([row.tokens[at] for at in row.spoken])
+            letters = torch.tensor([lab.tokenizer.letters[t] for t in tokens.tolist()])
+            lines.append(Line(state, model.language.embed(tokens).detach(), letters, codes[jobs[j][1]]))
+        tell(len(rows))
+    return lines
+
+
+def speak_losses(lab: Lab, config: StageConfig, lines: Sequence[Line]) -> Losses:
+    """Stage 3: the voice alone, on prepared states and codes."""
+    rows = config.mixture["tts"] + config.mixture["s2s"]
+    buckets = Buckets([line.codes.shape[1] for line in lines], rows, lab.seed("speak"))
+
+    def losses(step: int) -> dict[str, Tensor]:
+        said = lab.model(_speech([lines[i] for i in buckets.at(step)]))
+        return {"loss": said["speech"], **said}
+
+    return losses
+
+
+def _speech(lines: Sequence[Line]) -> SpeechBatch:
+    def pad(tensors: list[Tensor]) -> Tensor:
+        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+
+    script = Script(
+        pad([line.states for line in lines]),
+        pad([line.embeds for line in lines]),
+        pad([line.letters for line in lines]),
+        torch.tensor([len(line.letters) for line in lines]),
+    )
+    codes = pad([line.codes.T for line in lines]).transpose(1, 2)
+    return SpeechBatch(script, codes, torch.tensor([line.codes.shape[1] for line in lines]))
+
+
+def _audio_rows(lab: Lab, config: StageConfig, stage: str) -> Callable[[int], tuple[list[Rendered], list[str]]]:
+    """Rows of recognition and of spoken questions for a step, and the words that are heard in each."""
+    waves, said = lab.waves["heard"], lab.plan.sets["heard"]
+    asked = len(lab.plan.questions)
+    asr = Buckets(waves.lengths.tolist(), config.mixture["asr"], lab.seed(f"{stage} asr"))
+    chat = Buckets(waves.lengths[:asked].tolist(), config.mixture["chat"], lab.seed(f"{stage} chat"))
+
+    def rows(step: int) -> tuple[list[Rendered], list[str]]:
+        heard, asked_now = asr.at(step), chat.at(step)
+        turns = [task_turns("asr", sound=waves[i], text=said[i].text) for i in heard]
+        turns += [task_turns("chat", sound=waves[i], text=lab.plan.questions[i].answer) for i in asked_now]
+        return [lab.render(t) for t in turns], [said[i].text for i in (*heard, *asked_now)]
+
+    return rows
+
+
+def _text_row(lab: Lab, rng: random.Random, turns: int = 3) -> Rendered:
+    """A typed conversation: each turn a question, or words to copy under the transcription instruction."""
+    talk: list[Turn] = []
+    for _ in range(turns):
+        if rng.random() < 0.4:
+            text = rng.choice(lab.sentences)
+            talk += [Turn("user", (Text(text), Text(COPY))), Turn("assistant", (Text(text),))]
+        else:
+            question, answer = rng.choice(lab.talks)
+            talk += [Turn("user", (Text(question),)), Turn("assistant", (Text(answer),))]
+    return lab.render(talk)
+
+
+def _picture_row(lab: Lab, rng: random.Random, turns: int = 4) -> Rendered:
+    """A talk about one picture: some of its questions, sometimes its description, in any order."""
+    index = rng.randrange(len(lab.scenes))
+    scene = lab.scenes[index]
+    asks = [(item.question, item.answer) for item in picture_questions(scene, rng)]
+    asks.append((DESCRIBE, describe(scene)))
+    talk: list[Turn] = []
+    for number, (question, answer) in enumerate(rng.sample(asks, turns)):
+        words = Text(question)
+        picture = Image(pixels=lab.pictures[index])
+        talk += [Turn("user", (picture, words) if number == 0 else (words,)), Turn("assistant", (Text(answer),))]
+    return lab.render(talk)
+
+
+def _cells(scene: Scene) -> list[tuple[int, int]]:
+    """(shape, colour) of each of the nine cells, 0 where it is empty."""
+    cells = [(0, 0)] * len(CELLS)
+    for thing in scene.things:
+        cells[thing.cell] = (SHAPES.index(thing.shape) + 1, COLOURS.index(thing.colour) + 1)
+    return cells
+
+
+def _sight(lab: Lab, chosen: Sequence[int]) -> Sight:
+    """Patch rows of equally large pictures, made in one go."""
+    config = lab.recipe.model.vision
+    assert config is not None
+    rows = patch_rows(lab.pictures[list(chosen)][:, None], config)
+    high, wide = lab.pictures.shape[1:3]
+    return Sight(rows.flatten(0, 1), torch.tensor([config.grid_for(1, high, wide)] * len(chosen)))
+
+
+def _mask_spectrum(mel: Tensor, lengths: Tensor, rng: random.Random) -> None:
+    """SpecAugment (Park et al. 2019) in place: one band of mels and one stretch of at most 0.2 s per item."""
+    for row, length in enumerate(lengths.tolist()):
+        band, low = rng.randint(0, 12), rng.randrange(mel.shape[1])
+        stretch, start = rng.randint(0, 20), rng.randrange(max(1, length))
+        mel[row, low : low + band] = 0.0
+        mel[row, :, start : start + stretch] = 0.0
+
+
+@contextmanager
+def _watched(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Outputs of a module while the block runs: what an auxiliary loss needs beside the model's own."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _samples(sound_: Audio) -> np.ndarray:
+    assert sound_.samples is not None
+    return sound_.samples

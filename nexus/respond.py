@@ -1,0 +1,212 @@
+"""One conversation in, a stream of text and sound out. The same rendering as training; speech comes from the trained
+voice alone, nothing here can reach an engine of another make."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus import media
+from nexus.data.chat import ChatTokenizer, Rendered, render
+from nexus.data.collate import collate
+from nexus.errors import BadCheckpoint, BadRecord
+from nexus.model.build import load_model
+from nexus.model.omni import OmniModel, Speaker, Written
+from nexus.types import Batch, Delta, Part, Text, Turn
+
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A whole answer: text, sound f32 [W] at the responder's rate (None when not asked for), and whether it ended by
+    itself (False: it was stopped at max_tokens or at the voice's limit)."""
+
+    text: str
+    pcm: np.ndarray | None
+    complete: bool
+
+
+def load(folder: str | Path) -> "OmniResponder":
+    """The responder of a model folder. Raises BadCheckpoint or BadConfig."""
+    folder = Path(folder)
+    model = load_model(folder)
+    return OmniResponder(model, ChatTokenizer.load(folder / "tokenizer.json"))
+
+
+class OmniResponder:
+    """Answers with an OmniModel. Not thread-safe."""
+
+    def __init__(self, model: OmniModel, tokenizer: ChatTokenizer) -> None:
+        if tokenizer.size > model.config.language.vocab_size:
+            raise BadCheckpoint(
+                f"tokenizer has {tokenizer.size} entries, the model's vocabulary {model.config.language.vocab_size}; "
+                "they are not of one model"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        hearing, vision = model.config.hearing, model.config.vision
+        self.limits = replace(
+            media.Limits(),
+            max_audio_seconds=hearing.max_seconds if hearing else media.Limits().max_audio_seconds,
+            max_video_frames=vision.max_frames if vision else media.Limits().max_video_frames,
+        )
+
+    @property
+    def rate_hz(self) -> int:
+        """Sample rate of the sound that is answered."""
+        assert self.model.codec is not None, "this model has no voice"
+        return self.model.codec.config.rate_hz
+
+    def loaded(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns with every file read, checked and resampled. Raises BadMedia."""
+        return [replace(turn, parts=tuple(self._load(part) for part in turn.parts)) for turn in turns]
+
+    def _load(self, part: Part) -> Part:
+        return media.load(part, self.limits, fps=self.model.config.vision.frames_per_second if self.model.config.vision else 2.0)
+
+    def respond(self, turns: Sequence[Turn], speak: bool = True, max_tokens: int = MAX_TOKENS) -> Iterator[Delta]:
+        """Text and sound as they come: the first sound leaves before the text has ended.
+
+        A user turn that is only `Text(aloud=True)` is read aloud word for word (speech synthesis). The last Delta
+        says why the answer stopped when it did not end by itself.
+        """
+        row = render(self.loaded(turns), self.tokenizer, self.model.config, answer=True)
+        self._check(speak)
+        speaker = self.model.speaker(1) if speak else None
+        if _only_aloud(turns):
+            yield from self._read_aloud(row, speaker)
+            return
+        batch = collate([row], self.tokenizer.pad, self.model.config, "left")
+        written: list[int] = []
+        said = ""
+        for step in self._steps(batch, self._room(row, max_tokens)):
+            token = int(step.tokens[0])
+            if token == self.tokenizer.stop:
+                break
+            written.append(token)
+            text = self.tokenizer.decode(written)
+            yield Delta(text=text[len(said) :]) if text.startswith(said) else Delta()
+            said = text
+            if speaker is not None:
+                self._say(speaker, 0, [token], step.pre if self._pre else step.post)
+                yield from _speech(speaker)
+        cut = "" if token == self.tokenizer.stop else f"stopped after {len(written)} tokens (max_tokens)"
+        if speaker is not None:
+            speaker.end(0)
+            yield from _speech(speaker)
+            if not speaker.done(0):
+                cut = f"speech stopped at the voice's limit of {self._voice_seconds:g} s (voice.max_seconds)"
+        yield Delta(cut=cut)
+
+    def answer_many(
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        speak: bool = False,
+        max_tokens: int = MAX_TOKENS,
+        max_seconds: float | None = None,
+        rows: int = 64,
+    ) -> list[Reply]:
+        """Whole answers to many conversations, `rows` at a time. Same text as `respond`; media may be unloaded.
+
+        Speech ends at max_seconds per reply (default: the voice's own limit); such replies are not `complete`.
+        """
+        self._check(speak)
+        replies: list[Reply] = []
+        for start in range(0, len(conversations), rows):
+            replies.extend(self._answer(conversations[start : start + rows], speak, max_tokens, max_seconds))
+        return replies
+
+    def _answer(
+        self, conversations: Sequence[Sequence[Turn]], speak: bool, max_tokens: int, max_seconds: float | None
+    ) -> list[Reply]:
+        rendered = [render(self.loaded(turns), self.tokenizer, self.model.config, answer=True) for turns in conversations]
+        aloud = [_only_aloud(turns) for turns in conversations]
+        if any(aloud) and not all(aloud):
+            raise BadRecord("a batch is either read aloud or answered, not both; ask in two calls")
+        if all(aloud):
+            scripts = [([row.tokens[i] for i in row.spoken], s) for row, s in zip(rendered, self._states(rendered), strict=True)]
+            texts, ended = [""] * len(rendered), [True] * len(rendered)
+        else:
+            scripts, ended = self._write(rendered, max_tokens)
+            texts = [self.tokenizer.decode(tokens) for tokens, _ in scripts]
+        if not speak:
+            return [Reply(text, None, end) for text, end in zip(texts, ended, strict=True)]
+        speaker = self.model.speaker(len(rendered), max_seconds)
+        for row, (tokens, states) in enumerate(scripts):
+            if tokens:
+                self._say(speaker, row, tokens, states)
+            speaker.end(row)
+        while speaker.step():
+            pass
+        return [
+            Reply(text, speaker.sound(row).numpy(), end and speaker.done(row))
+            for row, (text, end) in enumerate(zip(texts, ended, strict=True))
+        ]
+
+    def _write(self, rendered: Sequence[Rendered], max_tokens: int) -> tuple[list[tuple[list[int], Tensor]], list[bool]]:
+        """Tokens and their states for every prompt, and whether each ended by itself."""
+        batch = collate(rendered, self.tokenizer.pad, self.model.config, "left")
+        room = min(self._room(row, max_tokens) for row in rendered)
+        tokens: list[list[int]] = [[] for _ in rendered]
+        states: list[list[Tensor]] = [[] for _ in rendered]
+        ended = [False] * len(rendered)
+        for step in self._steps(batch, room):
+            for row, (token, active) in enumerate(zip(step.tokens.tolist(), step.active.tolist(), strict=True)):
+                if active and token == self.tokenizer.stop:
+                    ended[row] = True
+                elif active:
+                    tokens[row].append(token)
+                    states[row].append((step.pre if self._pre else step.post)[row])
+        empty = torch.zeros(0, self.model.config.language.width)
+        return [(t, torch.stack(s) if s else empty) for t, s in zip(tokens, states, strict=True)], ended
+
+    def _states(self, rendered: Sequence[Rendered]) -> list[Tensor]:
+        batch = collate(rendered, self.tokenizer.pad, self.model.config)
+        return self.model.spoken_states(batch, [row.spoken for row in rendered])
+
+    def _read_aloud(self, row: Rendered, speaker: Speaker | None) -> Iterator[Delta]:
+        if speaker is None:
+            raise BadRecord("words to be read aloud need speech; do not ask for text alone")
+        self._say(speaker, 0, [row.tokens[i] for i in row.spoken], self._states([row])[0])
+        speaker.end(0)
+        yield from _speech(speaker)
+        yield Delta(cut="" if speaker.done(0) else f"speech stopped at the voice's limit of {self._voice_seconds:g} s")
+
+    def _say(self, speaker: Speaker, row: int, tokens: list[int], states: Tensor) -> None:
+        embeds = self.model.language.embed(torch.tensor(tokens))
+        speaker.say(row, states, embeds, [self.tokenizer.letters[token] for token in tokens])
+
+    def _steps(self, batch: Batch, max_tokens: int) -> Iterator[Written]:
+        return self.model.write(batch, self.tokenizer.stop, max_tokens, self.tokenizer.size)
+
+    def _room(self, row: Rendered, max_tokens: int) -> int:
+        return min(max_tokens, self.model.config.language.max_positions - len(row.tokens))
+
+    def _check(self, speak: bool) -> None:
+        if speak and self.model.voice is None:
+            raise BadRecord("this model has no voice; ask for text alone")
+
+    @property
+    def _pre(self) -> bool:
+        return self.model.config.voice is not None and self.model.config.voice.states == "pre"
+
+    @property
+    def _voice_seconds(self) -> float:
+        assert self.model.config.voice is not None
+        return self.model.config.voice.max_seconds
+
+
+def _only_aloud(turns: Sequence[Turn]) -> bool:
+    """Whether the last turn is nothing but words to be read aloud."""
+    return bool(turns) and all(isinstance(part, Text) and part.aloud for part in turns[-1].parts)
+
+
+def _speech(speaker: Speaker) -> Iterator[Delta]:
+    """Sound of everything row 0 can say now, frame by frame."""
+    while speaker.step():
+        pcm = speaker.sound(0).numpy()
+        if len(pcm):
+            yield Delta(pcm=pcm)
