@@ -26,7 +26,9 @@ def resized(frames: UInt8[np.ndarray, "N H W 3"], config: VisionConfig) -> UInt8
     return np.stack([np.asarray(picture) for picture in pictures])
 
 
-def patches(frames: UInt8[np.ndarray, "N H W 3"], config: VisionConfig) -> tuple[Float[Tensor, "P E"], tuple[int, int, int]]:
+def patches(
+    frames: UInt8[np.ndarray, "N H W 3"], config: VisionConfig
+) -> tuple[Float[Tensor, "P E"], tuple[int, int, int]]:
     """Patch rows [P, 3 * temporal * 14 * 14] and the grid (time, height, width) of one picture (N = 1) or film.
 
     A single picture fills both temporal slots with itself; a film with an odd number of frames repeats its last.

@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,26 +24,31 @@ from nexus.errors import BadConfig, BadMedia
 RECIPES = Path(__file__).parent / "recipes"
 
 
+Count = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
 class Strict(BaseModel):
     """A section of the recipe: frozen, unknown keys are errors, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class LanguageConfig(Strict):
     """Causal language model of the Qwen2.5-VL family (transformers classes)."""
 
     type: Literal["qwen2_5_vl"] = "qwen2_5_vl"
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    ffn_width: int
-    mrope_section: tuple[int, int, int]  # rotary pairs for time, height, width: sums to head width / 2
-    rope_theta: float = 1e6
-    norm_eps: float = 1e-6
-    max_positions: int = 32768
+    vocab_size: Count
+    width: Count
+    layers: Count
+    heads: Count
+    kv_heads: Count
+    ffn_width: Count
+    mrope_section: tuple[Count, Count, Count]  # rotary pairs for time, height, width: sums to head width / 2
+    rope_theta: Positive = 1e6
+    norm_eps: Positive = 1e-6
+    max_positions: Count = 32768
 
     @model_validator(mode="after")
     def _fits(self) -> "LanguageConfig":
@@ -59,20 +64,20 @@ class VisionConfig(Strict):
     """Qwen2.5-VL vision tower; its merger is the vision adapter."""
 
     type: Literal["qwen2_5_vl"] = "qwen2_5_vl"
-    width: int
-    layers: int
-    heads: int
-    ffn_width: int
-    patch: int = 14
-    merge: int = 2
-    temporal_patch: int = 2
-    window: int = 112  # pixels
+    width: Count
+    layers: Count
+    heads: Count
+    ffn_width: Count
+    patch: Count = 14
+    merge: Count = 2
+    temporal_patch: Count = 2
+    window: Count = 112  # pixels
     full_attention_layers: tuple[int, ...]
-    tokens_per_second: int = 2
-    min_pixels: int = 56 * 56
-    max_pixels: int = 28 * 28 * 1280
-    frames_per_second: float = 2.0
-    max_frames: int = 64
+    tokens_per_second: Count = 2
+    min_pixels: Count = 56 * 56
+    max_pixels: Count = 28 * 28 * 1280
+    frames_per_second: Positive = 2.0
+    max_frames: Count = 64
 
     @model_validator(mode="after")
     def _fits(self) -> "VisionConfig":
@@ -95,7 +100,7 @@ class VisionConfig(Strict):
         if max(height, width) / min(height, width) > 200:
             raise BadMedia(f"picture of {width} x {height}: sides differ by more than 200 times; crop it first")
         unit = self.unit
-        tall, wide = max(unit, round(height / unit) * unit), max(unit, round(width / unit) * unit)
+        tall, wide = round(height / unit) * unit, round(width / unit) * unit
         if tall * wide > self.max_pixels:
             scale = math.sqrt(height * width / self.max_pixels)
             tall = max(unit, math.floor(height / scale / unit) * unit)
@@ -119,14 +124,15 @@ class EncoderConfig(Strict):
     """Whisper-shaped audio encoder: two convolutions, then transformer layers."""
 
     type: Literal["whisper"] = "whisper"
-    num_mels: int = 128
-    width: int
-    layers: int
-    heads: int
-    ffn_width: int
-    conv_strides: tuple[int, int] = (1, 2)
+    num_mels: Count = 128
+    width: Count
+    layers: Count
+    heads: Count
+    ffn_width: Count
+    conv_strides: tuple[Count, Count] = (1, 2)
     positions: Literal["sinusoidal", "rope"] = "sinusoidal"
-    window_seconds: float = 30.0  # longer sound is encoded in windows of this length, none of it is dropped
+    # Longer sound is encoded in windows of this length, none of it is dropped.
+    window_seconds: Annotated[float, Field(ge=0.5)] = 30.0
     pad_to_window: bool = False  # Whisper's own weights were trained on padded windows
 
     @model_validator(mode="after")
@@ -146,8 +152,8 @@ class AdapterConfig(Strict):
     """Two-layer audio adapter whose first layer concatenates `stack` states (Nexus 3.1)."""
 
     type: Literal["concat_mlp"] = "concat_mlp"
-    stack: int = 5
-    width: int
+    stack: Count = 5
+    width: Count
 
 
 class HearingConfig(Strict):
@@ -155,13 +161,13 @@ class HearingConfig(Strict):
 
     encoder: EncoderConfig
     adapter: AdapterConfig
-    max_seconds: float = 600.0
+    max_seconds: Positive = 600.0
 
     def windows_for(self, num_samples: int) -> list[int]:
         """Lengths in samples (16 kHz) of the windows a sound is encoded in.
 
-        The last window is never shorter than 0.1 s: a shorter rest is joined to the window before it, so that no
-        sample is lost. Raises BadMedia beyond max_seconds.
+        No window is longer than the encoder's, and none but a whole sound shorter than 0.1 s: a shorter rest takes
+        0.1 s from the window before it. No sample is lost. Raises BadMedia beyond max_seconds.
         """
         if num_samples > self.max_seconds * 16_000:
             raise BadMedia(
@@ -174,7 +180,8 @@ class HearingConfig(Strict):
         if rest >= 1600 or not full:
             lengths.append(rest)
         elif rest:
-            lengths[-1] += rest
+            lengths[-1] -= 1600
+            lengths.append(rest + 1600)
         return lengths
 
     def tokens_for(self, num_samples: int) -> int:
@@ -200,21 +207,21 @@ class VoiceConfig(Strict):
     """
 
     type: Literal["delayed"] = "delayed"
-    width: int
-    layers: int = 6
-    heads: int
-    ffn_width: int
-    books: int = 8
-    book_size: int
+    width: Count
+    layers: Count = 6
+    heads: Count
+    ffn_width: Count
+    books: Count = 8
+    book_size: Count
     conditioning: Literal["clock", "hold", "last"] = "clock"
-    frames_per_character: float = 1.3
+    frames_per_character: Positive = 1.3
     fusion: Literal["mean9", "half"] = "mean9"
     states: Literal["post", "pre"] = "post"
     source: Literal["state", "state+embedding"] = "state+embedding"
     book_weights: tuple[float, ...] | None = None  # loss weight per book; None: all equal
-    max_seconds: float = 60.0
-    greedy_books: int | None = None  # books decoded greedily, the rest sampled at `temperature`; None: all
-    temperature: float = 0.5
+    max_seconds: Positive = 60.0
+    greedy_books: Natural | None = None  # books decoded greedily, the rest sampled at `temperature`; None: all
+    temperature: Positive = 0.5
 
     @model_validator(mode="after")
     def _fits(self) -> "VoiceConfig":
@@ -229,16 +236,16 @@ class CodecConfig(Strict):
     """The trainable residual-quantiser codec (`codec/rvq.py`)."""
 
     type: Literal["rvq"] = "rvq"
-    rate_hz: int = 16_000
-    num_fft: int = 1024
-    hop: int = 256
-    num_mels: int = 80
-    stack: int = 3
-    pca_dims: int = 64
-    books: int = 8
-    book_size: int = 256
-    vocoder_width: int = 192
-    vocoder_blocks: int = 4
+    rate_hz: Count = 16_000
+    num_fft: Count = 1024
+    hop: Count = 256
+    num_mels: Count = 80
+    stack: Count = 3
+    pca_dims: Count = 64
+    books: Count = 8
+    book_size: Count = 256
+    vocoder_width: Count = 192
+    vocoder_blocks: Count = 4
 
     @property
     def samples_per_frame(self) -> int:
@@ -271,14 +278,19 @@ class ModelConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """AdamW with warm-up, a constant stretch and a linear decay that starts at `decay_from` of the steps."""
+    """AdamW with warm-up, a constant stretch and a linear decay that starts at `decay_from` of the steps.
 
-    rate: float = 2e-3
+    Matrices that a glob in `muon` names are moved by Muon instead (orthogonalised momentum, torch.optim.Muon), at the
+    same size of update as AdamW's, so that one rate serves both.
+    """
+
+    rate: Positive = 2e-3
+    muon: tuple[str, ...] = ()
     rates: dict[str, float] = Field(default_factory=dict)  # parameter glob -> factor on `rate`
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    warmup_steps: int = 60
+    clip_norm: Positive = 1.0
+    warmup_steps: Natural = 60
     decay_from: float = 0.4
     final_factor: float = 0.03
 
@@ -292,27 +304,27 @@ class StageConfig(Strict):
 
     name: str
     trainable: tuple[str, ...]  # globs over full parameter names
-    mixture: dict[str, int]  # task -> rows per step
+    mixture: dict[str, Count]  # task -> rows per step
     optim: OptimConfig = OptimConfig()
     auxiliary: dict[str, float] = Field(default_factory=dict)  # loss -> weight; heads live in the stage
-    seconds: float
-    min_steps: int = 100
+    seconds: Annotated[float, Field(ge=0)]
+    min_steps: Count = 100
 
 
 class WorldConfig(Strict):
     """What the demo makes: numbers of utterances, pictures and test items."""
 
     seed: int = 0
-    heard: int  # utterances for recognition and questions, many voices
-    spoken: int  # utterances of the one voice that is learned
-    pictures: int
-    test_heard: int = 400
-    test_questions: int = 400
-    test_pictures: int = 1000
-    test_spoken: int = 200
+    heard: Count  # utterances for recognition and questions, many voices
+    spoken: Count  # utterances of the one voice that is learned
+    pictures: Count
+    test_heard: Count = 400
+    test_questions: Count = 400
+    test_pictures: Count = 1000
+    test_spoken: Count = 200
     noise_db: tuple[float, float] = (15.0, 40.0)  # signal to noise, drawn per utterance
     target_voice: str = "en-us+f2"
-    target_rate_wpm: int = 165
+    target_rate_wpm: Count = 165
 
 
 class TokenizerConfig(Strict):
@@ -374,7 +386,9 @@ def find_recipe(source: str | Path) -> Path:
     name = str(source).replace("_", "-")
     if name in names:
         return names[name]
-    raise BadConfig(f"no recipe {str(source)!r}{_did_you_mean(name, names)}; shipped: {', '.join(names)}, or give FILE.yaml")
+    raise BadConfig(
+        f"no recipe {str(source)!r}{_did_you_mean(name, names)}; shipped: {', '.join(names)}, or give FILE.yaml"
+    )
 
 
 def fingerprint(tree: Any) -> str:
@@ -451,7 +465,7 @@ def _override(tree: dict[str, Any], override: str, cls: type[Strict], where: str
         at = _child(at, key, dotted, where)
     last = keys[-1]
     if isinstance(at, list):
-        at[at.index(_child(at, last, dotted, where))] = value
+        at[_place(at, last, dotted, where)] = value
     elif isinstance(at, dict):
         at[last] = value
     else:
@@ -460,11 +474,16 @@ def _override(tree: dict[str, Any], override: str, cls: type[Strict], where: str
 
 def _child(at: Any, key: str, dotted: str, where: str) -> Any:
     if isinstance(at, list):
-        for index, item in enumerate(at):
-            if key == str(index) or (isinstance(item, dict) and item.get("name") == key):
-                return item
-        names = [item.get("name", str(i)) if isinstance(item, dict) else str(i) for i, item in enumerate(at)]
-        raise BadConfig(f"{where}: --set {dotted}: no item {key!r}{_did_you_mean(key, names)}; items: {', '.join(names)}")
+        return at[_place(at, key, dotted, where)]
     if isinstance(at, dict):
         return at.setdefault(key, {})  # an unknown section is refused by the validation that follows
     raise BadConfig(f"{where}: --set {dotted}: {key!r} is inside a value, not a section")
+
+
+def _place(at: list[Any], key: str, dotted: str, where: str) -> int:
+    """Index of the list item that `key` means: its number or its `name`."""
+    names = [str(item.get("name", i)) if isinstance(item, dict) else str(i) for i, item in enumerate(at)]
+    for index, name in enumerate(names):
+        if key in (str(index), name):
+            return index
+    raise BadConfig(f"{where}: --set {dotted}: no item {key!r}{_did_you_mean(key, names)}; items: {', '.join(names)}")

@@ -18,6 +18,7 @@ from nexus.model.omni import OmniModel, Speaker, Written
 from nexus.types import Batch, Delta, Part, Text, Turn
 
 MAX_TOKENS = 256
+UNFINISHED = "\ufffd"  # a character of several bytes whose last bytes are in the next token
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ class OmniResponder:
         return [replace(turn, parts=tuple(self._load(part) for part in turn.parts)) for turn in turns]
 
     def _load(self, part: Part) -> Part:
-        return media.load(part, self.limits, fps=self.model.config.vision.frames_per_second if self.model.config.vision else 2.0)
+        return media.load(
+            part, self.limits, fps=self.model.config.vision.frames_per_second if self.model.config.vision else 2.0
+        )
 
     def respond(self, turns: Sequence[Turn], speak: bool = True, max_tokens: int = MAX_TOKENS) -> Iterator[Delta]:
         """Text and sound as they come: the first sound leaves before the text has ended.
@@ -73,33 +76,36 @@ class OmniResponder:
         A user turn that is only `Text(aloud=True)` is read aloud word for word (speech synthesis). The last Delta
         says why the answer stopped when it did not end by itself.
         """
-        row = render(self.loaded(turns), self.tokenizer, self.model.config, answer=True)
         self._check(speak)
+        row = self._rendered(turns)
         speaker = self.model.speaker(1) if speak else None
         if _only_aloud(turns):
-            yield from self._read_aloud(row, speaker)
+            yield from self._read_aloud(row, self._words(turns, row), speaker)
             return
+        room = self._room(row, max_tokens)
         batch = collate([row], self.tokenizer.pad, self.model.config, "left")
         written: list[int] = []
         said = ""
-        for step in self._steps(batch, self._room(row, max_tokens)):
+        for step in self._steps(batch, room):
             token = int(step.tokens[0])
             if token == self.tokenizer.stop:
                 break
             written.append(token)
             text = self.tokenizer.decode(written)
-            yield Delta(text=text[len(said) :]) if text.startswith(said) else Delta()
-            said = text
+            if text.startswith(said) and not text.endswith(UNFINISHED):
+                yield Delta(text=text[len(said) :])
+                said = text
             if speaker is not None:
                 self._say(speaker, 0, [token], step.pre if self._pre else step.post)
                 yield from _speech(speaker)
-        cut = "" if token == self.tokenizer.stop else f"stopped after {len(written)} tokens (max_tokens)"
+        limit = "max_tokens" if room == max_tokens else "the model's language.max_positions"
+        cut = "" if token == self.tokenizer.stop else f"stopped after {len(written)} tokens ({limit})"
         if speaker is not None:
             speaker.end(0)
             yield from _speech(speaker)
             if not speaker.done(0):
-                cut = f"speech stopped at the voice's limit of {self._voice_seconds:g} s (voice.max_seconds)"
-        yield Delta(cut=cut)
+                cut = self._voice_cut
+        yield Delta(text=self.tokenizer.decode(written)[len(said) :], cut=cut)
 
     def answer_many(
         self,
@@ -122,12 +128,16 @@ class OmniResponder:
     def _answer(
         self, conversations: Sequence[Sequence[Turn]], speak: bool, max_tokens: int, max_seconds: float | None
     ) -> list[Reply]:
-        rendered = [render(self.loaded(turns), self.tokenizer, self.model.config, answer=True) for turns in conversations]
+        rendered = [self._rendered(turns) for turns in conversations]
         aloud = [_only_aloud(turns) for turns in conversations]
         if any(aloud) and not all(aloud):
             raise BadRecord("a batch is either read aloud or answered, not both; ask in two calls")
         if all(aloud):
-            scripts = [([row.tokens[i] for i in row.spoken], s) for row, s in zip(rendered, self._states(rendered), strict=True)]
+            spoken = [self._words(turns, row) for turns, row in zip(conversations, rendered, strict=True)]
+            heard = self._states(rendered, spoken)
+            scripts = [
+                ([row.tokens[i] for i in at], state) for row, at, state in zip(rendered, spoken, heard, strict=True)
+            ]
             texts, ended = [""] * len(rendered), [True] * len(rendered)
         else:
             scripts, ended = self._write(rendered, max_tokens)
@@ -146,34 +156,35 @@ class OmniResponder:
             for row, (text, end) in enumerate(zip(texts, ended, strict=True))
         ]
 
-    def _write(self, rendered: Sequence[Rendered], max_tokens: int) -> tuple[list[tuple[list[int], Tensor]], list[bool]]:
+    def _write(
+        self, rendered: Sequence[Rendered], max_tokens: int
+    ) -> tuple[list[tuple[list[int], Tensor]], list[bool]]:
         """Tokens and their states for every prompt, and whether each ended by itself."""
         batch = collate(rendered, self.tokenizer.pad, self.model.config, "left")
-        room = min(self._room(row, max_tokens) for row in rendered)
+        rooms = [self._room(row, max_tokens) for row in rendered]
         tokens: list[list[int]] = [[] for _ in rendered]
         states: list[list[Tensor]] = [[] for _ in rendered]
         ended = [False] * len(rendered)
-        for step in self._steps(batch, room):
+        for step in self._steps(batch, max(rooms)):
             for row, (token, active) in enumerate(zip(step.tokens.tolist(), step.active.tolist(), strict=True)):
                 if active and token == self.tokenizer.stop:
-                    ended[row] = True
-                elif active:
+                    ended[row] = len(tokens[row]) < rooms[row]
+                elif active and len(tokens[row]) < rooms[row]:
                     tokens[row].append(token)
                     states[row].append((step.pre if self._pre else step.post)[row])
         empty = torch.zeros(0, self.model.config.language.width)
         return [(t, torch.stack(s) if s else empty) for t, s in zip(tokens, states, strict=True)], ended
 
-    def _states(self, rendered: Sequence[Rendered]) -> list[Tensor]:
-        batch = collate(rendered, self.tokenizer.pad, self.model.config)
-        return self.model.spoken_states(batch, [row.spoken for row in rendered])
+    def _states(self, rendered: Sequence[Rendered], spoken: Sequence[Sequence[int]]) -> list[Tensor]:
+        return self.model.spoken_states(collate(rendered, self.tokenizer.pad, self.model.config), spoken)
 
-    def _read_aloud(self, row: Rendered, speaker: Speaker | None) -> Iterator[Delta]:
+    def _read_aloud(self, row: Rendered, spoken: Sequence[int], speaker: Speaker | None) -> Iterator[Delta]:
         if speaker is None:
             raise BadRecord("words to be read aloud need speech; do not ask for text alone")
-        self._say(speaker, 0, [row.tokens[i] for i in row.spoken], self._states([row])[0])
+        self._say(speaker, 0, [row.tokens[i] for i in spoken], self._states([row], [spoken])[0])
         speaker.end(0)
         yield from _speech(speaker)
-        yield Delta(cut="" if speaker.done(0) else f"speech stopped at the voice's limit of {self._voice_seconds:g} s")
+        yield Delta(cut="" if speaker.done(0) else self._voice_cut)
 
     def _say(self, speaker: Speaker, row: int, tokens: list[int], states: Tensor) -> None:
         embeds = self.model.language.embed(torch.tensor(tokens))
@@ -182,8 +193,32 @@ class OmniResponder:
     def _steps(self, batch: Batch, max_tokens: int) -> Iterator[Written]:
         return self.model.write(batch, self.tokenizer.stop, max_tokens, self.tokenizer.size)
 
+    def _rendered(self, turns: Sequence[Turn]) -> Rendered:
+        if not turns:
+            raise BadRecord("the conversation is empty; an answer needs a user turn at the end")
+        if turns[-1].role != "user":
+            raise BadRecord(f"the last turn is of role {turns[-1].role}; an answer needs a user turn at the end")
+        if not turns[-1].parts:
+            raise BadRecord("the last turn is empty; give it words, sound, a picture or a film")
+        return render(self.loaded(turns), self.tokenizer, self.model.config, answer=True)
+
+    def _words(self, turns: Sequence[Turn], row: Rendered) -> list[int]:
+        """Positions of the words of the last turn, which is to be read aloud; what was said before stays said."""
+        count = sum(len(self.tokenizer.encode(part.text)) for part in turns[-1].parts if isinstance(part, Text))
+        if not count:
+            raise BadRecord("there are no words to read aloud; give some text")
+        return row.spoken[-count:]
+
     def _room(self, row: Rendered, max_tokens: int) -> int:
-        return min(max_tokens, self.model.config.language.max_positions - len(row.tokens))
+        """How many tokens the answer may have."""
+        if max_tokens < 1:
+            raise BadRecord(f"max_tokens is {max_tokens}; expected at least 1")
+        taken, held = len(row.tokens), self.model.config.language.max_positions
+        if taken >= held:
+            raise BadRecord(
+                f"conversation takes all {taken} positions this model holds and leaves none to answer; shorten it"
+            )
+        return min(max_tokens, held - taken)
 
     def _check(self, speak: bool) -> None:
         if speak and self.model.voice is None:
@@ -194,14 +229,14 @@ class OmniResponder:
         return self.model.config.voice is not None and self.model.config.voice.states == "pre"
 
     @property
-    def _voice_seconds(self) -> float:
+    def _voice_cut(self) -> str:
         assert self.model.config.voice is not None
-        return self.model.config.voice.max_seconds
+        return f"speech stopped at the voice's limit of {self.model.config.voice.max_seconds:g} s (voice.max_seconds)"
 
 
 def _only_aloud(turns: Sequence[Turn]) -> bool:
     """Whether the last turn is nothing but words to be read aloud."""
-    return bool(turns) and all(isinstance(part, Text) and part.aloud for part in turns[-1].parts)
+    return all(isinstance(part, Text) and part.aloud for part in turns[-1].parts)
 
 
 def _speech(speaker: Speaker) -> Iterator[Delta]:

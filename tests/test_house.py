@@ -32,15 +32,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "nexus.data.prepare": (L0, "nexus.data", "nexus.codec"),
     "nexus.synth": (L0, "nexus.engines", "nexus.data"),
     "nexus.train": (L0, "nexus.model", "nexus.data"),
-    "nexus.respond": (L0, "nexus.data.chat", "nexus.model"),
+    "nexus.respond": (L0, "nexus.data", "nexus.model"),
     "nexus.eval": (L0, "nexus.data", "nexus.engines", "nexus.respond"),
     "nexus.eval.features": (L0, "nexus.data", "nexus.engines", "nexus.respond", "nexus.eval", "nexus.model"),
     "nexus.serve": (L0, "nexus.data.chat", "nexus.respond"),
     "nexus.demo": (ALL,),
     "nexus.findings": (ALL,),
     "nexus.cli": (ALL,),
+    "nexus.__main__": (ALL,),
 }
-TOP = ("nexus.demo", "nexus.findings", "nexus.cli")  # of these, each may import those to its left
+TOP = ("nexus.demo", "nexus.findings", "nexus.cli", "nexus.__main__")  # of these, each may import those to its left
 
 # Packages from outside that are let in at one door only.
 DOORS = {

@@ -119,7 +119,9 @@ TASKS = {
 }
 
 
-def task_turns(task: str, *, sound: Audio | None = None, text: str = "", speech: Audio | None = None) -> tuple[Turn, ...]:
+def task_turns(
+    task: str, *, sound: Audio | None = None, text: str = "", speech: Audio | None = None
+) -> tuple[Turn, ...]:
     """The turns of one training or test row of a task.
 
     `sound` is the user's speech, `text` the answer (for tts: the words to speak), `speech` the spoken answer.
@@ -152,7 +154,9 @@ class Rendered:
     spoken: list[int] = field(default_factory=list)
 
 
-def render(sample: Sample | Sequence[Turn], tokenizer: ChatTokenizer, specs: ModelConfig, answer: bool = False) -> Rendered:
+def render(
+    sample: Sample | Sequence[Turn], tokenizer: ChatTokenizer, specs: ModelConfig, answer: bool = False
+) -> Rendered:
     """Tokens, labels and spans of a conversation; with `answer`, open for the assistant's reply.
 
     Loss is on the text of every assistant turn and its end marker. Media must be loaded. Raises BadRecord for turns
@@ -230,7 +234,14 @@ def _see(
     _medium(out, part, kind, specs.vision.tokens_for(grid), grid, tokenizer)
 
 
-def _medium(out: Rendered, part: Audio | Image | Video, kind: str, length: int, grid: tuple[int, int, int] | None, tokenizer: ChatTokenizer) -> None:
+def _medium(
+    out: Rendered,
+    part: Audio | Image | Video,
+    kind: str,
+    length: int,
+    grid: tuple[int, int, int] | None,
+    tokenizer: ChatTokenizer,
+) -> None:
     ids = tokenizer.ids
     opening, closing = ("audio_bos", "audio_eos") if kind == "audio" else ("vision_start", "vision_end")
     _add(out, [ids[f"<|{opening}|>"]], False)

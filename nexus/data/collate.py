@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from nexus.data.chat import Rendered
-from nexus.mel import log_mel
+from nexus.mel import log_mel, whisper_frames
 from nexus.pixels import patches
 from nexus.recipe import HearingConfig, ModelConfig, VisionConfig
 from nexus.types import IGNORE, Audio, Batch, Image, Sight, Sound, Span, Video
@@ -43,18 +43,21 @@ def sound(items: Sequence[Audio], config: HearingConfig | None) -> Sound | None:
     """Log-mel windows of 16 kHz sounds; None for no items."""
     if not items or config is None:
         return None
-    windows, mels = [], []
+    windows, mels, lengths = [], [], []
+    full = round(config.encoder.window_seconds * 16_000)
     for item in items:
         assert item.samples is not None
         sizes = config.windows_for(len(item.samples))
         windows.append(len(sizes))
         for piece in torch.as_tensor(item.samples).split(sizes):
+            lengths.append(whisper_frames(len(piece)))
+            if config.encoder.pad_to_window:
+                piece = torch.nn.functional.pad(piece, (0, full - len(piece)))  # Whisper pads sound, not features
             mels.append(log_mel(piece, config.encoder.num_mels))
-    lengths = torch.tensor([mel.shape[1] for mel in mels])
-    padded = torch.zeros(len(mels), config.encoder.num_mels, int(lengths.max()))
+    padded = torch.zeros(len(mels), config.encoder.num_mels, max(mel.shape[1] for mel in mels))
     for row, mel in enumerate(mels):
         padded[row, :, : mel.shape[1]] = mel
-    return Sound(padded, lengths, windows)
+    return Sound(padded, torch.tensor(lengths), windows)
 
 
 def sight(items: Sequence[Image | Video], config: VisionConfig | None) -> Sight | None:
@@ -63,7 +66,10 @@ def sight(items: Sequence[Image | Video], config: VisionConfig | None) -> Sight 
         return None
     rows, grids = [], []
     for item in items:
-        frames = item.pixels[None] if isinstance(item, Image) and item.pixels is not None else item.frames  # type: ignore[union-attr]
+        frames = item.frames if isinstance(item, Video) else item.pixels
+        assert frames is not None, "media is not loaded"
+        if isinstance(item, Image):
+            frames = frames[None]
         row, grid = patches(frames, config)
         rows.append(row)
         grids.append(grid)

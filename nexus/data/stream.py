@@ -12,7 +12,7 @@ class Buckets:
     """Batches of `rows` items of similar length. Within an epoch every item is seen once, except that the last
     batch is filled up from the beginning of the epoch's order."""
 
-    def __init__(self, lengths: Sequence[float], rows: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[float] | Sequence[int], rows: int, seed: int) -> None:
         assert rows > 0 and len(lengths) > 0, (rows, len(lengths))
         self._lengths = np.asarray(lengths, dtype=np.float64)
         self._rows = min(rows, len(lengths))

@@ -101,19 +101,26 @@ def finish(utterances: Sequence[Utterance], index: int, sound: Audio) -> np.ndar
     wave = resample(sound.samples[first:last], sound.rate_hz, RATE_HZ)
     wave = wave * 10 ** (utterance.gain_db / 20)
     if utterance.noise_db is not None:
-        rng = np.random.default_rng(int(utterance.id, 16))
-        noise = _coloured(rng, len(wave))
         power = float(np.square(wave).mean())
-        wave = wave + noise * np.sqrt(power / 10 ** (utterance.noise_db / 10) / np.square(noise).mean())
+        wave = wave + _noise(int(utterance.id, 16), len(wave)) * np.sqrt(power / 10 ** (utterance.noise_db / 10))
     return np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
 
 
-def _coloured(rng: np.random.Generator, length: int) -> np.ndarray:
-    """Noise between white and brown, its slope drawn by `rng`."""
-    size = 1 << (length - 1).bit_length()  # transforms of other sizes are many times slower
-    spectrum = np.fft.rfft(rng.standard_normal(size, dtype=np.float32))
-    slope = rng.uniform(0.0, 1.0)
-    return np.fft.irfft(spectrum / np.arange(1, len(spectrum) + 1) ** slope)[:length].astype(np.float32)
+@functools.cache
+def _noise_bank() -> np.ndarray:
+    """Eight noises between white and brown, f32 [8, 2 ** 17] of power 1, made once per process from a fixed seed."""
+    rng = np.random.default_rng(8)
+    spectra = np.fft.rfft(rng.standard_normal((8, 1 << 17)))
+    slopes = np.linspace(0.0, 1.0, 8)[:, None]
+    noises = np.fft.irfft(spectra / np.arange(1, spectra.shape[1] + 1) ** slopes)
+    return (noises / np.sqrt(np.square(noises).mean(1, keepdims=True))).astype(np.float32)
+
+
+def _noise(seed: int, length: int) -> np.ndarray:
+    """A stretch of one of the noises, both chosen by `seed`; f32 [length]."""
+    rng, bank = np.random.default_rng(seed), _noise_bank()
+    clip, start = rng.integers(len(bank)), rng.integers(bank.shape[1])
+    return bank[clip].take(np.arange(start, start + length), mode="wrap")
 
 
 class Waves:

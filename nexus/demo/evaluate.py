@@ -82,13 +82,13 @@ class Exam:
         """Those whose answers are spoken as well: as many as there are recited sentences."""
         return self.items[: len(self.recited)]
 
-    def look(self, responder: OmniResponder, pictures: Sequence[np.ndarray]) -> list[str]:
+    def look(self, responder: OmniResponder, pictures: Sequence[np.ndarray], max_tokens: int = MAX_TOKENS) -> list[str]:
         """Answers to the picture questions, each asked about the picture of the same place."""
         asks = [
             (Turn("user", (Image(pixels=picture), Text(item.question))),)
             for picture, item in zip(pictures, self.picture_items, strict=True)
         ]
-        return _texts(responder.answer_many(asks, max_tokens=MAX_TOKENS))
+        return _texts(responder.answer_many(asks, max_tokens=max_tokens))
 
     def talk(
         self, responder: OmniResponder, max_tokens: int = MAX_TOKENS, max_seconds: float = MAX_SECONDS
@@ -102,7 +102,11 @@ class Exam:
         return recited, responder.answer_many(asked, True, max_tokens, max_seconds)
 
     def answer(
-        self, responder: OmniResponder, spoken: tuple[list[Reply], list[Reply]], heard: tuple[list[str], list[str]]
+        self,
+        responder: OmniResponder,
+        spoken: tuple[list[Reply], list[Reply]],
+        heard: tuple[list[str], list[str]],
+        max_tokens: int = MAX_TOKENS,
     ) -> Answers:
         """All text answers of a model, with what was heard of its speech."""
         waves = self.lab.waves
@@ -110,10 +114,10 @@ class Exam:
         asked = [task_turns("chat", sound=waves["test_questions"][i])[:1] for i in range(len(self.items))]
         typed = [(Turn("user", (Text(item.question),)),) for item in self.items]
         asr, sqa, ceiling = (
-            _texts(responder.answer_many(conversations, max_tokens=MAX_TOKENS))
+            _texts(responder.answer_many(conversations, max_tokens=max_tokens))
             for conversations in (dictation, asked, typed)
         )
-        return Answers(asr, sqa, ceiling, self.look(responder, self.pictures), _texts(spoken[1]), *heard)
+        return Answers(asr, sqa, ceiling, self.look(responder, self.pictures, max_tokens), _texts(spoken[1]), *heard)
 
     @torch.no_grad()
     def codec_round_trip(self) -> list[Audio]:

@@ -4,10 +4,11 @@ A step's rows follow from the seed, the stage's name and the step number alone, 
 same number of steps gives the same weights.
 """
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from nexus.data.chat import SYSTEM, TASKS, ChatTokenizer, Rendered, render, task
 from nexus.data.collate import collate, sound
 from nexus.data.stream import Buckets
 from nexus.demo.corpus import Plan, Waves
-from nexus.demo.pictures import CELLS, COLOURS, SHAPES, Scene, describe, picture_questions
+from nexus.demo.phrases import CELLS, COLOURS, SHAPES
+from nexus.demo.pictures import Scene, describe, picture_questions
 from nexus.demo.pictures import render as draw
 from nexus.demo.world import World
 from nexus.model.omni import OmniModel
@@ -43,17 +45,27 @@ class Lab:
     waves: dict[str, Waves]
     tokenizer: ChatTokenizer
     model: OmniModel
-    scenes: list[Scene] = field(init=False)
-    pictures: np.ndarray = field(init=False)  # u8 [N, 84, 84, 3]
-    sentences: list[str] = field(init=False)  # training texts to copy
-    talks: list[tuple[str, str]] = field(init=False)  # typed questions with answers
 
-    def __post_init__(self) -> None:
+    @functools.cached_property
+    def scenes(self) -> list[Scene]:
+        """Training scenes."""
         assert self.recipe.world is not None
-        self.scenes = self.world.scenes("train", self.recipe.world.pictures)
-        self.pictures = np.stack([draw(scene) for scene in self.scenes])
-        self.sentences = self.world.sentences("train", 30_000, stream=1)
-        self.talks = self.world.plain_texts("train", 60_000, stream=1)
+        return self.world.scenes("train", self.recipe.world.pictures)
+
+    @functools.cached_property
+    def pictures(self) -> np.ndarray:
+        """Their pictures, u8 [N, 84, 84, 3]."""
+        return np.stack([draw(scene) for scene in self.scenes])
+
+    @functools.cached_property
+    def sentences(self) -> list[str]:
+        """Training sentences to copy."""
+        return self.world.sentences("train", 30_000, stream=1)
+
+    @functools.cached_property
+    def talks(self) -> list[tuple[str, str]]:
+        """Typed training questions with their answers."""
+        return self.world.plain_texts("train", 60_000, stream=1)
 
     def seed(self, stage: str) -> int:
         """A number for a stage, from the world's seed and its name."""
@@ -103,8 +115,8 @@ def sight_losses(lab: Lab, config: StageConfig) -> tuple[Losses, nn.Module]:
     """Stand-in vision tower, first part: what lies in each cell. Its heads stay here."""
     vision = lab.model.vision
     assert vision is not None
-    heads = CellNames(lab.model.config.language.width, (len(SHAPES) + 1, len(COLOURS) + 1))
-    labels = torch.tensor([_cells(scene) for scene in lab.scenes])  # [N, 9, 2]
+    heads = CellNames(lab.model.config.language.width, (len(SHAPES) + 1, len(COLOURS) + 1, len(CELLS)))
+    labels = torch.tensor([_cells(scene) for scene in lab.scenes])  # [N, 9, 3]
 
     def losses(step: int) -> dict[str, Tensor]:
         chosen = lab.rng("sight", step).sample(range(len(lab.scenes)), config.mixture["picture"])
@@ -193,7 +205,7 @@ class Line:
     codes: Tensor
 
 
-def prepare_lines(lab: Lab, config: StageConfig, tell: Callable[[int], None]) -> list[Line]:
+def prepare_lines(lab: Lab, config: StageConfig, bf16: bool, tell: Callable[[int], None]) -> list[Line]:
     """Frozen language states and codec codes of everything stage 3 learns (speech synthesis, then spoken replies)."""
     model, spoken = lab.model, lab.plan.sets["spoken"]
     assert model.codec is not None
@@ -215,11 +227,12 @@ def prepare_lines(lab: Lab, config: StageConfig, tell: Callable[[int], None]) ->
     order = sorted(range(len(jobs)), key=lambda j: (j >= len(spoken), len(spoken[jobs[j][1]].text)))
     for start in range(0, len(order), 64):
         rows = [lab.render(jobs[j][0]) for j in order[start : start + 64]]
-        states = model.spoken_states(lab.batch(rows), [row.spoken for row in rows])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            states = model.spoken_states(lab.batch(rows), [row.spoken for row in rows])
         for j, row, state in zip(order[start : start + 64], rows, states, strict=True):
             tokens = torch.tensor([row.tokens[at] for at in row.spoken])
             letters = torch.tensor([lab.tokenizer.letters[t] for t in tokens.tolist()])
-            lines.append(Line(state, model.language.embed(tokens).detach(), letters, codes[jobs[j][1]]))
+            lines.append(Line(state.float(), model.language.embed(tokens).detach(), letters, codes[jobs[j][1]]))
         tell(len(rows))
     return lines
 
@@ -293,11 +306,11 @@ def _picture_row(lab: Lab, rng: random.Random, turns: int = 4) -> Rendered:
     return lab.render(talk)
 
 
-def _cells(scene: Scene) -> list[tuple[int, int]]:
-    """(shape, colour) of each of the nine cells, 0 where it is empty."""
-    cells = [(0, 0)] * len(CELLS)
+def _cells(scene: Scene) -> list[tuple[int, int, int]]:
+    """(shape, colour, which cell) of each of the nine cells; shape and colour are 0 where it is empty."""
+    cells = [(0, 0, place) for place in range(len(CELLS))]
     for thing in scene.things:
-        cells[thing.cell] = (SHAPES.index(thing.shape) + 1, COLOURS.index(thing.colour) + 1)
+        cells[thing.cell] = (SHAPES.index(thing.shape) + 1, COLOURS.index(thing.colour) + 1, thing.cell)
     return cells
 
 

@@ -11,14 +11,9 @@ import _ctypes
 import ctypes
 import difflib
 import functools
-import multiprocessing
 import os
-import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +23,10 @@ import espeakng_loader
 import numpy as np
 
 from nexus.errors import Busy, NexusError
+from nexus.processes import in_processes
 from nexus.types import Audio
 
 T = TypeVar("T")
-Job = TypeVar("Job")
 
 VOLUME = 50  # half of the default, at which 83 of 425 voices run into full scale; median peak 0.39
 RATE_WPM = (80, 449)  # below 80 the library clamps in silence, from 450 it changes its method (sonic)
@@ -156,54 +151,6 @@ def _finished(finish: Callable[[int, Audio], T], job: tuple[int, str, Voice]) ->
         return index, finish(index, Espeak().speak(text, voice))
     except NexusError as error:
         raise type(error)(f"speech job {index} (voice {voice.key()}, text {_short(text)}): {error}") from error
-
-
-def in_processes(work: Callable[[Job], T], jobs: Sequence[Job], processes: int, chunk: int) -> Iterator[T]:
-    """work(job) for every job, in order, from `processes` spawned processes that each take `chunk` jobs at a time.
-
-    At most a few chunks per process are under way, so a slow reader does not fill the memory. The processes use one
-    compute thread each, leave Ctrl-C to the parent and die with it. The first failed job raises its error here.
-    """
-    if processes < 1:
-        raise NexusError(f"the number of processes must be at least 1, got {processes}")
-    if not jobs:
-        return
-    chunks = (jobs[start : start + chunk] for start in range(0, len(jobs), chunk))
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(processes, -(-len(jobs) // chunk)), context, _begin)
-    try:
-        waiting: deque[Future[list[T]]] = deque()
-        for some in chunks:
-            waiting.append(pool.submit(_all, work, some))
-            if len(waiting) > 3 * processes:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a worker process died: the machine ran out of memory, or a script started processes "
-            'outside `if __name__ == "__main__":`'
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _all(work: Callable[[Job], T], jobs: Sequence[Job]) -> list[T]:
-    return [work(job) for job in jobs]
-
-
-def _begin() -> None:
-    """A worker's first act. The thread count is for libraries that are imported later, with the work itself."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "not a worker"
-    parent.join()
-    os._exit(1)
 
 
 _turn = threading.Lock()

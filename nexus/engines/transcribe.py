@@ -17,8 +17,8 @@ import numpy as np
 import pocketsphinx
 import soxr
 
-from nexus.engines.speak import in_processes
 from nexus.errors import BadMedia, NexusError
+from nexus.processes import in_processes
 from nexus.types import Audio
 
 RATE_HZ = 16_000  # of the acoustic model in the wheel

@@ -482,15 +482,15 @@ tbody tr:last-child td { border-bottom: 0; padding-bottom: 0; }
 td.brief, td.number { white-space: pre; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 .mark { text-align: center; }
-.bar { display: block; min-width: 6.5rem; padding: 1px 8px; border-radius: 5px; print-color-adjust: exact;
-  background: linear-gradient(to right, var(--tint) var(--share), transparent 0) no-repeat, var(--paper); }
+.bar { display: block; min-width: 9rem; print-color-adjust: exact; background: no-repeat left / calc(100% - 4.2em) 8px
+  linear-gradient(to right, var(--c0) var(--share), var(--rule) 0); }
 .right, .wrong { font-weight: 700; color: var(--right); }
 .wrong { color: var(--wrong); }
 .missing { color: var(--soft); font-style: italic; }
 .exhibit { width: 100%; }
 .exhibit td { padding-top: 14px; padding-bottom: 14px; vertical-align: middle; }
 td small { display: block; padding-left: 4px; font-size: 0.78rem; color: var(--soft); }
-audio { display: block; width: 168px; height: 38px; }
+audio { display: block; width: 188px; height: 38px; }
 img { display: block; width: auto; height: auto; min-width: 112px; max-width: min(100%, 320px); border-radius: 8px;
   border: 1px solid var(--rule); image-rendering: pixelated; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
@@ -507,7 +507,8 @@ circle { fill: var(--c); } .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 {
 @media (max-width: 640px) {
   header, main { padding-left: 14px; padding-right: 14px; }
   figure { padding: 14px; } .scroll { margin: 0 -14px; padding: 0 14px; }
-  svg text { font-size: 16px; }
+  svg text { font-size: 16px; } .words { min-width: 6.5rem; } .bar { min-width: 0; background: none; }
+  .brief { min-width: 0; }
   .exhibit, .exhibit tbody, .exhibit tr, .exhibit td { display: block; }
   .exhibit thead { position: absolute; clip-path: inset(50%); }
   .exhibit tr { padding: 14px 0; border-bottom: 1px solid var(--rule); }

@@ -42,7 +42,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def load_model(folder: Path) -> OmniModel:
-    """The model of a folder, in evaluation mode. Raises BadCheckpoint naming missing, unexpected or misshapen weights."""
+    """The model of a folder, in evaluation mode. Raises BadCheckpoint naming missing or misshapen weights."""
     config, _ = read_config(folder)
     path = folder / "model.safetensors"
     try:
@@ -61,13 +61,17 @@ def load_weights(model: torch.nn.Module, weights: dict[str, torch.Tensor], where
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or extra:
-        raise BadCheckpoint(f"{where}: {_some('missing', missing)}{_some('unexpected', extra)}; another recipe's weights?")
+        raise BadCheckpoint(
+            f"{where}: {_some('missing', missing)}{_some('unexpected', extra)}; another recipe's weights?"
+        )
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             given, wanted = list(tensor.shape), list(expected[name].shape)
             raise BadCheckpoint(f"{where}: {name} has shape {given}, the recipe needs {wanted}")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise BadCheckpoint(f"{where}: {name} holds NaN or infinite values; the file is damaged or training diverged")
+            raise BadCheckpoint(
+                f"{where}: {name} holds NaN or infinite values; the file is damaged or training diverged"
+            )
     model.load_state_dict(weights)
 
 

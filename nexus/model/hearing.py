@@ -92,12 +92,10 @@ class Hearing(nn.Module):
 
     def encode(self, sound: Sound) -> Float[Tensor, "X L2 E"]:
         """Encoder states of every window; `config.encoder.frames_for` says how many of a row are valid."""
-        mel, lengths = sound.mel, sound.lengths
-        if self.config.encoder.pad_to_window:
-            full = round(self.config.encoder.window_seconds * 100)
-            mel = nn.functional.pad(mel, (0, full - mel.shape[2]))
-            lengths = torch.full_like(lengths, full)
-        return self.encoder(mel, lengths)
+        lengths = sound.lengths
+        if self.config.encoder.pad_to_window:  # the loader has filled the windows up; the encoder sees all of them
+            lengths = torch.full_like(lengths, sound.mel.shape[2])
+        return self.encoder(sound.mel, lengths)
 
     def forward(self, sound: Sound) -> Encoded:
         """Embeddings of all items, packed. The last group of `stack` states of a window is filled up with zeros."""
@@ -106,7 +104,9 @@ class Hearing(nn.Module):
         frames = [self.config.encoder.frames_for(int(n)) for n in sound.lengths]
         groups = [-(-n // stack) for n in frames]
         padded = nn.functional.pad(states, (0, 0, 0, max(0, max(groups) * stack - states.shape[1])))
-        valid = torch.arange(padded.shape[1], device=states.device) < torch.tensor(frames, device=states.device)[:, None]
+        valid = (
+            torch.arange(padded.shape[1], device=states.device) < torch.tensor(frames, device=states.device)[:, None]
+        )
         padded = padded * valid[..., None]
         embeds = self.adapter(torch.cat([row[: n * stack] for row, n in zip(padded, groups, strict=True)]))
         lengths, at = [], 0

@@ -35,17 +35,20 @@ def mrope_positions(
     Text and sound count up by one on all three axes. A picture or film at position p takes p + (floor(time step x
     tokens per second x seconds per step), row, column) on the merged grid, and the text after it goes on at
     p + max(rows, columns). Masked positions (padding, left or right) hold zeros. Spans of a row must be in order.
+
+    The next free position follows the last text position: a written token stands where training would have put it.
+    (The published code goes on behind the greatest position, which in a long film is a later one.)
     """
     counts = mask.long()
-    jumps = torch.zeros_like(counts)  # correction of the running count that a vision span causes behind itself
+    # What a vision span adds to the running count behind itself; one column more for a span that ends the row.
+    jumps = nn.functional.pad(torch.zeros_like(counts), (0, 1))
     for span in spans:
         if span.grid is None:
             continue
         assert vision is not None
         extent = max(span.grid[1], span.grid[2]) // vision.merge
-        if span.start + span.length < mask.shape[1]:
-            jumps[span.row, span.start + span.length] += extent - span.length
-    flat = (counts.cumsum(1) - 1 + jumps.cumsum(1)) * counts
+        jumps[span.row, span.start + span.length] += extent - span.length
+    flat = (counts.cumsum(1) - 1 + jumps[:, :-1].cumsum(1)) * counts
     positions = flat.expand(3, -1, -1).clone()
     for span in spans:
         if span.grid is None or vision is None:
@@ -56,7 +59,7 @@ def mrope_positions(
         time = (torch.arange(steps) * interval).long()
         grid = torch.stack(torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")).flatten(1)
         positions[:, span.row, span.start : span.start + span.length] = (grid + start).to(positions.device)
-    return positions, positions.amax((0, 2)) + 1
+    return positions, counts.sum(1) + jumps.sum(1)
 
 
 class Language(nn.Module):
@@ -95,9 +98,7 @@ class Language(nn.Module):
         self, embeds: Float[Tensor, "B T D"], positions: Int[Tensor, "3 B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T D"]:
         """Last states after the final norm. Causal; masked positions are seen by nobody."""
-        out = self.backbone(
-            inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False
-        )
+        out = self.backbone(inputs_embeds=embeds, position_ids=positions, attention_mask=mask, use_cache=False)
         return out.last_hidden_state
 
     def logits(self, hidden: Float[Tensor, "*B D"]) -> Float[Tensor, "*B V"]:

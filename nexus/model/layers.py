@@ -126,7 +126,12 @@ class Block(nn.Module):
         return x + self._feed(self.ffn_norm(x))
 
     def step(
-        self, x: Float[Tensor, "R 1 D"], state: KeyValues, rows: Int[Tensor, "R"], at: Int[Tensor, "R"], turns: tuple[Tensor, Tensor]
+        self,
+        x: Float[Tensor, "R 1 D"],
+        state: KeyValues,
+        rows: Int[Tensor, "R"],
+        at: Int[Tensor, "R"],
+        turns: tuple[Tensor, Tensor],
     ) -> Float[Tensor, "R 1 D"]:
         """One new position for some rows: stores its keys and values, attends to everything up to it."""
         q, k, v = self._project(self.attention_norm(x), turns if self.config.rope else None)

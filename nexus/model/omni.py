@@ -13,11 +13,11 @@ from nexus.codec import StreamDecoder
 from nexus.codec.rvq import RVQCodec
 from nexus.errors import Misaligned
 from nexus.model.hearing import Hearing
-from nexus.model.language import Language, LanguageState, mrope_positions
+from nexus.model.language import Language, mrope_positions
 from nexus.model.vision import Vision
 from nexus.model.voice.delayed import DelayedVoice
 from nexus.recipe import ModelConfig
-from nexus.types import IGNORE, Batch, Encoded, Script, Span, SpeechBatch
+from nexus.types import IGNORE, Batch, Encoded, Span, SpeechBatch
 
 
 def splice(embeds: Float[Tensor, "B T D"], media: Encoded, spans: Sequence[Span], kind: str) -> Float[Tensor, "B T D"]:

@@ -1,6 +1,7 @@
 """Pictures and films to language embeddings: Qwen2.5-VL's own vision tower; its merger is the vision adapter."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -74,7 +75,8 @@ class Vision(nn.Module):
         x = by_window(tower.patch_embed(sight.rows))
         positions = get_vision_position_ids(grids, self.config.merge)
         cosines, sines = (by_window(f) for f in tower.rotary_pos_emb(x, positions))
-        for number, block in enumerate(tower.blocks):
+        for number, layer in enumerate(tower.blocks):
+            block: Any = layer  # transformers' modules are not typed below this point
             lengths = whole if number in self.config.full_attention_layers else windows
             q, k, v = block.attn.qkv(block.norm1(x)).view(len(x), 3, self.config.heads, -1).unbind(1)
             q, k = apply_rotary_pos_emb_vision(q, k, cosines, sines)

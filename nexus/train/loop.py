@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nexus.errors import NexusError
 from nexus.recipe import OptimConfig
-from nexus.train.stage import parameter_groups
+from nexus.train.stage import optimizers
 
 PROBE_STEPS = 25  # the speed of a stage is measured once on steps 5 .. 25, all inside the warm-up
 
@@ -21,7 +21,7 @@ class Watch(Protocol):
 
     total: int | None
 
-    def advance(self, count: int = 1, **numbers: float) -> None: ...
+    def advance(self, n: int = 1, **values: float) -> None: ...
 
 
 @dataclass
@@ -66,7 +66,7 @@ def fit(
     `planned` is told the number of steps as soon as it is fixed. Everything a step depends on must follow from its
     number, so that the same plan gives the same weights. Raises NexusError on a loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(parameter_groups(parameters, optim), betas=optim.betas, fused=True)
+    movers = optimizers(parameters, optim)
     curve: list[dict[str, float]] = []
     begun = time.perf_counter()
     probe = begun
@@ -80,17 +80,21 @@ def fit(
             watch.total = pace.steps
             planned(pace.steps)
         factor = rate_factor(step, pace.steps, optim)
-        for group in optimizer.param_groups:
+        for group in (group for mover in movers for group in mover.param_groups):
             group["lr"] = group["rate"] * factor
         with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
             numbers = losses(step)
         total = numbers["loss"]
         if not bool(torch.isfinite(total)):
-            raise NexusError(f"loss is {float(total)} at step {step}; lower optim.rate or look at the data of this step")
-        optimizer.zero_grad(set_to_none=True)
+            raise NexusError(
+                f"loss is {float(total)} at step {step}; lower optim.rate or look at the data of this step"
+            )
+        for parameter in parameters.values():
+            parameter.grad = None
         total.backward()
         nn.utils.clip_grad_norm_(list(parameters.values()), optim.clip_norm)
-        optimizer.step()
+        for mover in movers:
+            mover.step()
         step += 1
         watch.advance(1, loss=float(total.detach()))
         if step % 20 == 0 or step == pace.steps:

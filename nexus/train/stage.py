@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,14 +42,23 @@ def frozen_digest(model: nn.Module, globs: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def parameter_groups(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> list[dict[str, object]]:
-    """AdamW groups: a rate factor per glob; no weight decay on vectors (norms, biases)."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+def optimizers(parameters: dict[str, nn.Parameter], optim: OptimConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the matrices that `optim.muon` names. Every group keeps its full rate under "rate".
+
+    A rate factor per glob of `optim.rates`; no weight decay on vectors (norms, biases).
+    """
+    groups: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         factor = next((f for glob, f in optim.rates.items() if fnmatchcase(name, glob)), 1.0)
-        groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
-    return [
-        {"params": members, "lr": optim.rate * factor, "rate": optim.rate * factor,
-         "weight_decay": optim.weight_decay if matrix else 0.0}
-        for (factor, matrix), members in groups.items()
-    ]  # fmt: skip
+        muon = parameter.ndim == 2 and any(fnmatchcase(name, glob) for glob in optim.muon)
+        groups.setdefault((muon, factor, parameter.ndim > 1), []).append(parameter)
+    split: dict[bool, list[dict[str, Any]]] = {}
+    for (muon, factor, matrix), members in groups.items():
+        rate, decay = optim.rate * factor, optim.weight_decay if matrix else 0.0
+        split.setdefault(muon, []).append({"params": members, "lr": rate, "rate": rate, "weight_decay": decay})
+    chosen: list[torch.optim.Optimizer] = []
+    if False in split:
+        chosen.append(torch.optim.AdamW(split[False], betas=optim.betas, fused=True))
+    if True in split:
+        chosen.append(torch.optim.Muon(split[True], adjust_lr_fn="match_rms_adamw"))
+    return chosen

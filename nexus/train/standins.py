@@ -51,7 +51,5 @@ class CellNames(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "M D"], labels: Int[Tensor, "M A"]) -> Float[Tensor, ""]:
         """Mean cross entropy over attributes."""
-        losses = [
-            nn.functional.cross_entropy(head(tokens).float(), labels[:, a]) for a, head in enumerate(self.heads)
-        ]
+        losses = [nn.functional.cross_entropy(head(tokens).float(), labels[:, a]) for a, head in enumerate(self.heads)]
         return torch.stack(losses).mean()

@@ -167,7 +167,12 @@ class DelayedVoice(nn.Module):
         )
 
     def hear(
-        self, state: VoiceState, row: int, states: Float[Tensor, "N D"], embeds: Float[Tensor, "N D"], letters: list[int]
+        self,
+        state: VoiceState,
+        row: int,
+        states: Float[Tensor, "N D"],
+        embeds: Float[Tensor, "N D"],
+        letters: list[int],
     ) -> None:
         """More text for a row: its language states, input embeddings and letters per token."""
         for said, count in zip(self._project(states, embeds), letters, strict=True):
@@ -209,9 +214,7 @@ class DelayedVoice(nn.Module):
         return last
 
     @torch.no_grad()
-    def step(
-        self, state: VoiceState, rows: list[int], generator: torch.Generator | None = None
-    ) -> Int[Tensor, "R K"]:
+    def step(self, state: VoiceState, rows: list[int], generator: torch.Generator | None = None) -> Int[Tensor, "R K"]:
         """One step for `rows`; returns the new delayed column of each and advances `state`."""
         index = torch.tensor(rows, device=self.start_vector.device)
         said = torch.stack([self._next(state, row) for row in rows])
