@@ -15,13 +15,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-all demo bench clean
+.PHONY: help install test test-all demo clean
 
 help:
 	@echo "make test      lint, format, types and the fast tests"
 	@echo "make test-all  the slow tests, those that make test leaves out"
 	@echo "make demo      train, evaluate and report a tiny model: runs/demo/report.html"
-	@echo "make bench     measure: benchmarks/results/*.json"
 	@echo "make clean     remove the environment, caches and build products; runs/ stays"
 
 install: $(INSTALLED)
@@ -48,9 +47,6 @@ test-all: $(INSTALLED)
 demo: $(INSTALLED)
 	$(BIN)/nexus demo --out runs/demo
 
-bench: $(INSTALLED)
-	$(BIN)/nexus bench --out benchmarks/results
-
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find nexus tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find nexus tests -name __pycache__ -type d -prune -exec rm -rf {} +

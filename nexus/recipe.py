@@ -453,7 +453,7 @@ def _did_you_mean(name: str, known: Any) -> str:
 def _override(tree: dict[str, Any], override: str, cls: type[Strict], where: str) -> None:
     """Apply `a.b=value` in place; list items are named by index or by their `name`."""
     dotted, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not all(dotted.split(".")):
         raise BadConfig(f"--set {override}: expected KEY=VALUE, for example world.heard=1000")
     keys = dotted.split(".")
     try:

@@ -15,6 +15,7 @@ from nexus.data.collate import collate
 from nexus.errors import BadCheckpoint, BadRecord
 from nexus.model.build import load_model
 from nexus.model.omni import OmniModel, Speaker, Written
+from nexus.source import Limits
 from nexus.types import Batch, Delta, Part, Text, Turn
 
 MAX_TOKENS = 256
@@ -50,9 +51,9 @@ class OmniResponder:
         self.model, self.tokenizer = model, tokenizer
         hearing, vision = model.config.hearing, model.config.vision
         self.limits = replace(
-            media.Limits(),
-            max_audio_seconds=hearing.max_seconds if hearing else media.Limits().max_audio_seconds,
-            max_video_frames=vision.max_frames if vision else media.Limits().max_video_frames,
+            Limits(),
+            max_audio_seconds=hearing.max_seconds if hearing else Limits().max_audio_seconds,
+            max_video_frames=vision.max_frames if vision else Limits().max_video_frames,
         )
 
     @property
@@ -86,21 +87,26 @@ class OmniResponder:
         batch = collate([row], self.tokenizer.pad, self.model.config, "left")
         written: list[int] = []
         said = ""
+        newest: Tensor | None = None  # state of the newest token, spoken once it is known whether another follows
         for step in self._steps(batch, room):
             token = int(step.tokens[0])
+            if speaker is not None and newest is not None:
+                self._say(speaker, 0, written[-1:], newest)
             if token == self.tokenizer.stop:
                 break
+            if speaker is not None:
+                yield from _speech(speaker)
+                newest = step.pre if self._pre else step.post
             written.append(token)
             text = self.tokenizer.decode(written)
             if text.startswith(said) and not text.endswith(UNFINISHED):
                 yield Delta(text=text[len(said) :])
                 said = text
-            if speaker is not None:
-                self._say(speaker, 0, [token], step.pre if self._pre else step.post)
-                yield from _speech(speaker)
         limit = "max_tokens" if room == max_tokens else "the model's language.max_positions"
         cut = "" if token == self.tokenizer.stop else f"stopped after {len(written)} tokens ({limit})"
         if speaker is not None:
+            if cut and newest is not None:
+                self._say(speaker, 0, written[-1:], newest)
             speaker.end(0)
             yield from _speech(speaker)
             if not speaker.done(0):

@@ -164,24 +164,24 @@ def test_the_pool_holds_many_distinct_voices_without_effects_and_all_can_be_spok
 
 
 def test_many_processes_say_in_order_exactly_what_one_voice_says(espeak: Espeak) -> None:
-    jobs = [(f"number {n}", Voice(name)) for n, name in enumerate(voice_pool()[::6])]
-    expected = [(n, size_and_sum(n, espeak.speak(*job))) for n, job in enumerate(jobs)]
+    jobs = [(f"number {n}", Voice(name), n) for n, name in enumerate(voice_pool()[::6])]
+    expected = [size_and_sum(note, espeak.speak(text, voice)) for text, voice, note in jobs]
     assert list(speak_many(jobs, 2, size_and_sum)) == expected
     assert list(speak_many(jobs[:3], 1, size_and_sum)) == expected[:3]
     assert list(speak_many([], 2, size_and_sum)) == []
 
 
 def test_speaking_processes_are_others_and_do_without_torch() -> None:
-    (torch_loaded, pid), *_ = [result for _, result in speak_many([("one", F2)], 1, modules_and_pid)]
+    [(torch_loaded, pid)] = speak_many([("one", F2, 0)], 1, modules_and_pid)
     assert not torch_loaded and pid != os.getpid()
 
 
 def test_a_failed_job_names_its_text_and_voice_and_keeps_its_kind() -> None:
-    jobs = [("fine", F2), ("bad voice", Voice("en-us+nobody"))]
+    jobs = [("fine", F2, 0), ("bad voice", Voice("en-us+nobody"), 1)]
     with pytest.raises(NexusError, match=r"job 1 \(voice en-us\+nobody,.*text 'bad voice'\).*no variant 'nobody'"):
         list(speak_many(jobs, 1, size_and_sum))
     with pytest.raises(BadMedia, match=r"job 1 .*text 'two'\): too dull"):
-        list(speak_many([("one", F2), ("two", F2)], 1, refuse_the_second))
+        list(speak_many([("one", F2, 0), ("two", F2, 1)], 1, refuse_the_second))
     with pytest.raises(NexusError, match="at least 1, got 0"):
         list(speak_many(jobs, 0, size_and_sum))
 
@@ -196,7 +196,7 @@ def work(index, audio):
     return len(audio.samples)
 
 {guard}
-    print(sum(n for _, n in speak_many([("hi", Voice("en-us+f2"))] * 40, 2, work)), flush=True)
+    print(sum(speak_many([("hi", Voice("en-us+f2"), 0)] * 40, 2, work)), flush=True)
 """
 
 

@@ -246,7 +246,7 @@ def test_imports_point_down() -> None:
         sources(nexus__codec__rvq="from ..model import layers", nexus__model__layers=""),
         sources(nexus__types="def late():\n    from nexus.codec import rvq", nexus__codec__rvq=""),
         sources(nexus__synth__steps="import importlib\nimportlib.import_module('nexus.cli')", nexus__cli=""),
-        sources(nexus__respond="from nexus.data import stream", nexus__data__stream=""),
+        sources(nexus__respond="from nexus.train import loop", nexus__train__loop=""),
         sources(nexus__data__chat="from nexus import OmniModel", nexus__model__omni=""),
         sources(nexus__data__collate="from nexus.codec import rvq", nexus__codec__rvq=""),
         sources(nexus__demo__demo="from nexus.cli import main", nexus__cli=""),

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from nexus.errors import BadMedia, NexusError
-from nexus.eval.report import Cell, Curves, Point, Report, Table, write_report
+from nexus.eval.plots import Curves, Point
+from nexus.eval.report import Cell, Report, Table, write_report
 from nexus.types import Audio, Image
 
 EVIL = '<script>alert("1")</script>\' onload="x" &amp; </table>'

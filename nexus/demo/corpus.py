@@ -82,6 +82,7 @@ def plan(world: World, config: WorldConfig) -> Plan:
         "test_heard": heard(test_sentences[: config.test_heard], test_voices),
         "test_questions": heard([item.question for item in test_questions], test_voices),
         "test_spoken": [Utterance(text, target) for text in test_sentences[config.test_heard :]],
+        "test_answers": [Utterance(item.answer, target) for item in test_questions[: config.test_spoken]],
     }
     return Plan(sets, questions, test_questions, [place.get(item.answer, -1) for item in questions])
 
@@ -91,10 +92,9 @@ def _anyone(text: str, voices: Sequence[str], config: WorldConfig, rng: random.R
     return Utterance(text, voice, round(rng.uniform(-9, 3), 1), round(rng.uniform(*config.noise_db), 1))
 
 
-def finish(utterances: Sequence[Utterance], index: int, sound: Audio) -> np.ndarray:
+def finish(utterance: Utterance, sound: Audio) -> np.ndarray:
     """Trim, resample to 16 kHz, set the level and add seeded noise; i16 [W]. Runs in the synthesis processes."""
     assert sound.samples is not None
-    utterance = utterances[index]
     loud = np.flatnonzero(np.abs(sound.samples) > 0.01 * np.abs(sound.samples).max())
     margin = round(MARGIN_SECONDS * sound.rate_hz)
     first, last = max(0, loud[0] - margin), loud[-1] + margin
@@ -120,7 +120,8 @@ def _noise(seed: int, length: int) -> np.ndarray:
     """A stretch of one of the noises, both chosen by `seed`; f32 [length]."""
     rng, bank = np.random.default_rng(seed), _noise_bank()
     clip, start = rng.integers(len(bank)), rng.integers(bank.shape[1])
-    return bank[clip].take(np.arange(start, start + length), mode="wrap")
+    stretch = bank[clip].take(np.arange(start, start + length), mode="wrap")
+    return stretch / np.sqrt(np.square(stretch).mean())
 
 
 class Waves:
@@ -166,8 +167,8 @@ def speak_set(
     if found:
         spoken(found, 0.0)
     pieces: list[np.ndarray] = []
-    made = speak_many([(u.text, u.voice) for u in wanted], processes, functools.partial(finish, wanted))
-    for place, wave in made:
+    made = speak_many([(u.text, u.voice, u) for u in wanted], processes, finish)
+    for place, wave in enumerate(made):
         pieces.append(wave)
         spoken(1, len(wave) / RATE_HZ)
         number = jobs[place] // SHARD

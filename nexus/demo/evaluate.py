@@ -130,6 +130,10 @@ class Exam:
             sounds.append(Audio(samples=decoded.numpy(), rate_hz=codec.config.rate_hz))
         return sounds
 
+    def right_answers(self) -> list[Audio]:
+        """The right answers to `spoken_items`, spoken by the voice that was learned: what could be heard at best."""
+        return [self.lab.waves["test_answers"][i] for i in range(len(self.spoken_items))]
+
     def originals(self) -> list[Audio]:
         """The original recordings of the recited sentences."""
         return [self.lab.waves["test_spoken"][i] for i in range(len(self.recited))]
@@ -220,8 +224,9 @@ class Exam:
             "recogniser": RECOGNISER,
         }
 
-    def spoken_answers(self, trained: Answers, untrained: Answers) -> dict[str, Any]:
-        """s2s: spoken answers in which the recogniser hears the whole right sentence."""
+    def spoken_answers(self, trained: Answers, untrained: Answers, best: Sequence[str]) -> dict[str, Any]:
+        """s2s: spoken answers in which the recogniser hears the whole right sentence; `best`: what it hears when the
+        right answers are spoken by the synthesiser itself."""
         wanted = [item.answer for item in self.spoken_items]
         right = exact(wanted, trained.heard_s2s)
         score = accuracy(right)
@@ -230,6 +235,7 @@ class Exam:
             "n": score["n"],
             "ci95": score["ci95"],
             "text_accuracy": _share(wanted, trained.own),
+            "accuracy_original": _share(wanted, best),
             "wer_own_text": _wer(trained.own, trained.heard_s2s),
             "baseline": _share(wanted, [majority_answer(self.spoken_items)] * len(wanted)),
             "other_audio": _share(wanted, others(trained.heard_s2s)),
@@ -278,8 +284,10 @@ def _samples(sound: Audio) -> np.ndarray:
     return sound.samples
 
 
-def _wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    return float(word_error_rate(references, hypotheses)["wer"])  # type: ignore[arg-type]
+def _wer(references: Sequence[str], hypotheses: Sequence[str]) -> float | None:
+    wer = word_error_rate(references, hypotheses)["wer"]
+    assert wer is None or isinstance(wer, float)
+    return wer
 
 
 def _share(wanted: Sequence[str], given: Sequence[str]) -> float:

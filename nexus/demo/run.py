@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import nexus
 from nexus.errors import BadConfig, Busy
 from nexus.model.build import load_weights
-from nexus.progress import Progress
+from nexus.progress import MemoryWatch, Progress
 from nexus.recipe import Recipe, StageConfig
 from nexus.train.loop import Pace, bf16_is_faster, fit
 from nexus.train.stage import freeze, frozen_digest
@@ -54,6 +54,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: float = 0.0
     earlier: float = 0.0  # seconds of earlier processes, up to their last finished piece of work
+    memory: MemoryWatch | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -64,6 +65,11 @@ class Run:
     def elapsed(self) -> float:
         """Seconds of all processes so far."""
         return self.earlier + time.perf_counter() - self.begun
+
+    @property
+    def peak_gib(self) -> float:
+        """Most memory that any process tree of this run has taken so far."""
+        return max(self.plan.get("peak_gib", 0.0), self.memory.peak_gib if self.memory else 0.0)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -145,7 +151,7 @@ class Run:
             record = work()
             record["seconds"], record["cpu_seconds"] = time.perf_counter() - wall, cpu_seconds() - cpu
             write_json(path, record)
-            self.note(elapsed=self.elapsed)
+            self.note(elapsed=self.elapsed, peak_gib=self.peak_gib)
         self.seconds[name] = record["seconds"]
         self.cpu_seconds += record["cpu_seconds"]
         return record

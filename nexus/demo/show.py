@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from nexus.demo.evaluate import Answers, Exam
-from nexus.eval.report import Cell, Curves, Report, Table, write_report
+from nexus.eval.plots import Curves
+from nexus.eval.report import Cell, Report, Table, write_report
 from nexus.recipe import Recipe
 from nexus.respond import Reply
 from nexus.types import Audio, Image
 
 SHOWN = 8  # examples per exhibit
+BESIDE = ("text_ceiling", "accuracy_before_audio", "wer_original", "accuracy_original")
 STANDINS = ("codec", "sight", "backbone", "ears")
 STAGES = {"align": "1 audio alignment", "sft": "2 audio instruction tuning", "speak": "3 speech output"}
 
@@ -56,14 +58,15 @@ def _scores(report: dict[str, Any]) -> Table:
     for title, task, key, other in named:
         score = report[task]
         interval = f"{score['ci95'][0]:.3f} to {score['ci95'][1]:.3f}"
-        beside = score.get("text_ceiling", score.get("accuracy_before_audio", score.get("wer_original")))
+        beside = next((score[key] for key in BESIDE if key in score), None)
         rows.append(
             (title, score[key], interval, score["n"], score["baseline"], score[other], score.get("untrained"), beside)
         )
     note = (
         "Baseline: the most frequent answer, whatever is asked (for speech: silence). Other input: the same answers "
         "judged as if they belonged to another item's sound, or given with another item's picture. Beside: for spoken "
-        "questions the same questions typed; for pictures before the audio stages; for speech the original recordings. "
+        "questions the same questions typed; for pictures before the audio stages; for speech the synthesiser's own "
+        "sound, for recognition nothing. "
         "* heard by PocketSphinx, which had no part in training."
     )
     columns = ("score", "reached", "95 % interval", "n", "baseline", "other input", "untrained", "beside")
@@ -84,23 +87,17 @@ def _families(report: dict[str, Any]) -> Table:
 def _spoken_answers(exam: Exam, trained: Answers, replies: list[Reply]) -> Table:
     chosen = range(0, len(exam.spoken_items), max(1, len(exam.spoken_items) // SHOWN))
     sounds = exam.sounds(replies)
-    questions = exam.lab.waves["test_questions"]
+    questions, best = exam.lab.waves["test_questions"], exam.right_answers()
     rows = []
     for i in list(chosen)[:SHOWN]:
-        item = exam.spoken_items[i]
-        right = trained.heard_s2s[i] == item.answer
-        rows.append(
-            (
-                questions[i],
-                item.question,
-                _audible(sounds[i]),
-                replies[i].text,
-                trained.heard_s2s[i],
-                item.answer,
-                right,
-            )
-        )
-    columns = ("question", "its words", "the model's answer", "the model's own words", "heard", "right answer", "right")
+        item, own, heard = exam.spoken_items[i], replies[i].text, trained.heard_s2s[i]
+        asked = (questions[i], item.question)
+        answered = (_audible(sounds[i]), own, heard)
+        rows.append((*asked, *answered, best[i], item.answer, heard == item.answer))
+    columns = (
+        *("question", "its words", "the model's answer", "its own words", "what the recogniser heard"),
+        *("right answer by the voice it learned from", "right answer", "right"),
+    )
     return Table("A spoken question, a spoken answer", "Held-out questions by held-out voices.", columns, tuple(rows))
 
 

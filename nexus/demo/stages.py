@@ -101,7 +101,7 @@ def codec_losses(lab: Lab, config: StageConfig) -> Losses:
     def losses(step: int) -> dict[str, Tensor]:
         rng = lab.rng("codec", step)
         crops = []
-        for index in rng.sample(long, config.mixture["sound"]):
+        for index in rng.choices(long, k=config.mixture["sound"]):
             wave = torch.from_numpy(_samples(waves[index]))
             start = rng.randrange(len(wave) - size + 1)
             crops.append(wave[start : start + size])
@@ -119,7 +119,7 @@ def sight_losses(lab: Lab, config: StageConfig) -> tuple[Losses, nn.Module]:
     labels = torch.tensor([_cells(scene) for scene in lab.scenes])  # [N, 9, 3]
 
     def losses(step: int) -> dict[str, Tensor]:
-        chosen = lab.rng("sight", step).sample(range(len(lab.scenes)), config.mixture["picture"])
+        chosen = lab.rng("sight", step).choices(range(len(lab.scenes)), k=config.mixture["picture"])
         seen = vision(_sight(lab, chosen)).embeds
         return {"loss": heads(seen, labels[chosen].flatten(0, 1))}
 

@@ -27,6 +27,7 @@ from nexus.processes import in_processes
 from nexus.types import Audio
 
 T = TypeVar("T")
+Note = TypeVar("Note")
 
 VOLUME = 50  # half of the default, at which 83 of 425 voices run into full scale; median peak 0.39
 RATE_WPM = (80, 449)  # below 80 the library clamps in silence, from 450 it changes its method (sonic)
@@ -133,24 +134,23 @@ def voice_pool(language: str = "en") -> list[str]:
 
 
 def speak_many(
-    jobs: Sequence[tuple[str, Voice]], processes: int, finish: Callable[[int, Audio], T]
-) -> Iterator[tuple[int, T]]:
-    """(index, finish(index, sound)) of every job in order, made by `processes` spawned processes.
+    jobs: Sequence[tuple[str, Voice, Note]], processes: int, finish: Callable[[Note, Audio], T]
+) -> Iterator[T]:
+    """finish(note, sound) of every job (text, voice, note) in order, made by `processes` spawned processes.
 
-    `finish` runs there (a function of a module, so that it can be pickled): resample or compute features in it. The
-    sound is the same whatever `processes` is. A failed job raises its NexusError with the job's number, voice and
-    text; a script must call this behind `if __name__ == "__main__":`.
+    `finish` runs there (a function of a module, so that it can be pickled): resample or compute features in it; a
+    note is whatever it needs to know of its job. The sound is the same whatever `processes` is. A failed job raises
+    its NexusError with the job's number, voice and text; a script must call this behind `if __name__ == "__main__":`.
     """
-    indexed = [(index, text, voice) for index, (text, voice) in enumerate(jobs)]
-    return in_processes(functools.partial(_finished, finish), indexed, processes, CHUNK)
+    return in_processes(functools.partial(_finished, finish), list(enumerate(jobs)), processes, CHUNK)
 
 
-def _finished(finish: Callable[[int, Audio], T], job: tuple[int, str, Voice]) -> tuple[int, T]:
-    index, text, voice = job
+def _finished(finish: Callable[[Note, Audio], T], numbered: tuple[int, tuple[str, Voice, Note]]) -> T:
+    number, (text, voice, note) = numbered
     try:
-        return index, finish(index, Espeak().speak(text, voice))
+        return finish(note, Espeak().speak(text, voice))
     except NexusError as error:
-        raise type(error)(f"speech job {index} (voice {voice.key()}, text {_short(text)}): {error}") from error
+        raise type(error)(f"speech job {number} (voice {voice.key()}, text {_short(text)}): {error}") from error
 
 
 _turn = threading.Lock()

@@ -10,10 +10,8 @@ import hashlib
 import math
 import os
 import secrets
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import TypeGuard, assert_never
@@ -21,11 +19,13 @@ from typing import TypeGuard, assert_never
 import numpy as np
 
 from nexus.errors import NexusError
-from nexus.media import load, png_bytes, wav_bytes
+from nexus.eval.markup import escaped, missing, rounded
+from nexus.eval.plots import Curves, plot
+from nexus.media import load, wav_bytes
+from nexus.sight import png_bytes
 from nexus.types import Audio, Image
 
 Cell = str | int | float | bool | None | Audio | Image
-Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,6 @@ class Table:
         wrong = [index for index, row in enumerate(self.rows) if len(row) != len(self.columns)]
         assert not wrong, f"table {self.title!r}: rows {wrong} do not have {len(self.columns)} cells"
         assert set(self.bars) <= set(self.columns), f"table {self.title!r}: no column for bars {self.bars}"
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Lines over a common axis labelled `x`: points (x, y) per series in drawing order.
-
-    The y axis is logarithmic, and says so, when all values are positive and span more than a factor of 30. Points
-    that are not finite interrupt the line and are counted in the legend.
-    """
-
-    title: str
-    note: str
-    x: str
-    series: Mapping[str, Sequence[Point]]
 
 
 Block = Table | Curves
@@ -100,16 +86,16 @@ def _page(report: Report) -> str:
         f"default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     )
     headings = [heading for heading, _ in report.sections]
-    links = "".join(f'<a href="#s{i}">{_text(heading)}</a>' for i, heading in enumerate(headings, 1))
-    facts = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in report.facts)
+    links = "".join(f'<a href="#s{i}">{escaped(heading)}</a>' for i, heading in enumerate(headings, 1))
+    facts = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in report.facts)
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark">',
-        f"<title>{_text(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-        f"<header>\n<h1>{_text(report.title)}</h1>",
-        *(f'<p class="lead">{_text(paragraph)}</p>' for paragraph in report.lead.split("\n\n") if paragraph.strip()),
+        f"<title>{escaped(report.title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+        f"<header>\n<h1>{escaped(report.title)}</h1>",
+        *(f'<p class="lead">{escaped(paragraph)}</p>' for paragraph in report.lead.split("\n\n") if paragraph.strip()),
         f'<dl class="facts">{facts}</dl>' if facts else "",
         "</header>",
         f'<nav aria-label="Contents">{links}</nav>' if len(headings) > 1 else "",
@@ -121,7 +107,7 @@ def _page(report: Report) -> str:
 
 
 def _section(anchor: str, heading: str, blocks: Sequence[Block]) -> str:
-    parts = [f'<section id="{anchor}" aria-labelledby="{anchor}-h">\n<h2 id="{anchor}-h">{_text(heading)}</h2>']
+    parts = [f'<section id="{anchor}" aria-labelledby="{anchor}-h">\n<h2 id="{anchor}-h">{escaped(heading)}</h2>']
     numbered = enumerate(blocks, 1)
     for is_plot, group in groupby(numbered, key=lambda pair: isinstance(pair[1], Curves)):
         figures = "\n".join(_figure(f"{anchor}-b{i}", block) for i, block in group)
@@ -130,41 +116,15 @@ def _section(anchor: str, heading: str, blocks: Sequence[Block]) -> str:
 
 
 def _figure(anchor: str, block: Block) -> str:
-    note = f'<p class="note">{_text(block.note)}</p>' if block.note else ""
-    caption = f'<figcaption><h3 id="{anchor}">{_text(block.title)}</h3>{note}</figcaption>'
-    body = _table(anchor, block) if isinstance(block, Table) else _plot(block)
+    note = f'<p class="note">{escaped(block.note)}</p>' if block.note else ""
+    caption = f'<figcaption><h3 id="{anchor}">{escaped(block.title)}</h3>{note}</figcaption>'
+    body = _table(anchor, block) if isinstance(block, Table) else plot(block)
     return f"<figure>{caption}\n{body}</figure>"
 
 
-# Text and cells
+# Cells
 
 BRIEF = 18  # columns of texts no longer than this do not wrap
-# What a browser would drop, replace or refuse (C0, C1, surrogates, bidirectional overrides) is shown by its code.
-_CODES = [*range(9), 11, 12, *range(13, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_VISIBLE = {code: ascii(chr(code))[1:-1] for code in [*_CODES, *range(0xD800, 0xE000)]}
-
-
-def _text(text: str) -> str:
-    return escape(text.translate(_VISIBLE), quote=True)
-
-
-def _missing(text: str) -> str:
-    return f'<span class="missing">{text}</span>'
-
-
-def _number(value: int | float, most_decimals: int = 3) -> str:
-    """The rounded number, with the exact one as its machine-readable value."""
-    size = abs(value)
-    if isinstance(value, int):
-        return f'<data value="{value}">{value:{"," if size >= 10_000 else ""}}</data>'
-    if not math.isfinite(value):
-        return _missing(str(float(value)))
-    if 0 < size < 1e-3 or size >= 1e9:
-        shown = f"{value:.2g}" if size < 1 else f"{value:.3g}"
-    else:
-        decimals = min(most_decimals, 3 if size < 10 else 1 if size < 10_000 else 0)
-        shown = f"{value + 0.0:,.{decimals}f}"  # + 0.0 makes -0.0 a plain 0
-    return f'<data value="{float(value)!r}">{shown}</data>'
 
 
 def _decimals(cells: Sequence[Cell]) -> int:
@@ -177,14 +137,14 @@ def _cell(cell: Cell, label: str, decimals: int) -> str:
     """The content of a cell; `label` names a sound or a picture to those who do not see it."""
     match cell:
         case None:
-            return _missing("–")
+            return missing("–")
         case bool():
             mark, word = ("✓", "right") if cell else ("✗", "wrong")
             return f'<span class="{word}" role="img" aria-label="{word}">{mark}</span>'
         case int() | float():
-            return _number(cell, decimals)
+            return rounded(cell, decimals)
         case str():
-            return _text(cell)
+            return escaped(cell)
         case Audio():
             return _sound(cell, label)
         case Image():
@@ -197,12 +157,12 @@ def _sound(sound: Audio, label: str) -> str:
     loaded = load(sound) if sound.samples is None else sound
     assert isinstance(loaded, Audio) and loaded.samples is not None
     if not len(loaded.samples):
-        return _missing("no sound")
+        return missing("no sound")
     if not np.isfinite(loaded.samples).all():
-        return _missing("sound with values that are not finite")
+        return missing("sound with values that are not finite")
     url = base64.b64encode(wav_bytes(loaded.samples, loaded.rate_hz)).decode()
     # Browsers limit how many players may be ready at once; without preload one is made when somebody listens.
-    player = f'<audio controls preload="none" aria-label="{_text(label)}" src="data:audio/wav;base64,{url}"></audio>'
+    player = f'<audio controls preload="none" aria-label="{escaped(label)}" src="data:audio/wav;base64,{url}"></audio>'
     return f"{player}<small>{loaded.seconds:.1f} s</small>"
 
 
@@ -211,7 +171,7 @@ def _picture(picture: Image, label: str) -> str:
     assert isinstance(loaded, Image) and loaded.pixels is not None
     height, width = loaded.pixels.shape[:2]
     url = base64.b64encode(png_bytes(loaded.pixels)).decode()
-    return f'<img width="{width}" height="{height}" alt="{_text(label)}" src="data:image/png;base64,{url}">'
+    return f'<img width="{width}" height="{height}" alt="{escaped(label)}" src="data:image/png;base64,{url}">'
 
 
 # Tables
@@ -249,11 +209,11 @@ def _is_number(cell: Cell) -> TypeGuard[int | float]:
 
 def _table(anchor: str, table: Table) -> str:
     if not table.rows:
-        return f"<p>{_missing('no rows')}</p>"
+        return f"<p>{missing('no rows')}</p>"
     by_column = zip(table.columns, zip(*table.rows, strict=True), strict=True)
     columns = [_column(name, cells, name in table.bars) for name, cells in by_column]
     heads = "".join(
-        f'<th scope="col" role="columnheader" class="{column.kind}">{_text(column.name)}</th>' for column in columns
+        f'<th scope="col" role="columnheader" class="{column.kind}">{escaped(column.name)}</th>' for column in columns
     )
     rows = "\n".join(f'<tr role="row">{_row(row, columns, i)}</tr>' for i, row in enumerate(table.rows, 1))
     look = ' class="exhibit"' if any(column.kind == "media" for column in columns) else ""
@@ -273,162 +233,8 @@ def _row(row: Sequence[Cell], columns: Sequence[_Column], number: int) -> str:
         content = _cell(cell, f"{column.name}: {name}", column.decimals)
         if column.full and _is_number(cell):
             content = f'<span class="bar" style="--share:{max(0.0, cell / column.full):.1%}">{content}</span>'
-        cells.append(f'<td role="cell" class="{column.kind}" data-column="{_text(column.name)}">{content}</td>')
+        cells.append(f'<td role="cell" class="{column.kind}" data-column="{escaped(column.name)}">{content}</td>')
     return "".join(cells)
-
-
-# Plots. Lengths are in the units of the drawing, which is scaled to the width it gets on the page.
-
-WIDTH, HEIGHT = 480, 280
-LEFT, RIGHT, TOP, BOTTOM = 62, 458, 16, 232  # the plot area
-LOG_SPAN = 30.0  # values that span more than this factor get a logarithmic axis
-MARKED_POINTS = 60  # up to so many points of a line are marked and show their numbers under the mouse
-NUM_COLOURS = 8
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values to 0..1 between `low` and `high` (logarithms where `is_log`); ticks are (value, label)."""
-
-    low: float
-    high: float
-    is_log: bool
-    ticks: tuple[tuple[float, str], ...]
-
-    def share(self, value: float) -> float:
-        at = math.log10(value) if self.is_log else value
-        # Halves, because the difference of two floats can be too large for a float.
-        return (at / 2 - self.low / 2) / (self.high / 2 - self.low / 2)
-
-
-def _plot(curves: Curves) -> str:
-    lines = {name: _runs(points) for name, points in curves.series.items()}
-    points = [point for runs in lines.values() for run in runs for point in run]
-    legend = "".join(
-        _legend(index, name, lines[name], len(curves.series[name])) for index, name in enumerate(curves.series)
-    )
-    legend = f'<ul class="legend">{legend}</ul>' if legend else ""
-    if not points:
-        return f"{legend}<p>{_missing('no points to draw')}</p>"
-    x_axis = _linear([x for x, _ in points], is_widened=False)
-    values = [y for _, y in points]
-    is_log = min(values) > 0 and max(values) / min(values) > LOG_SPAN
-    y_axis = _logarithmic(values) if is_log else _linear(values, is_widened=True)
-    drawn = "\n".join(_line(index, runs, x_axis, y_axis) for index, runs in enumerate(lines.values()))
-    in_words = _text(_in_words(curves, lines, is_log))
-    return (
-        f'{legend}<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{in_words}">\n'
-        f"{_frame(curves.x, x_axis, y_axis)}\n{drawn}\n</svg>"
-    )
-
-
-def _runs(points: Sequence[Point]) -> list[list[Point]]:
-    """The stretches of consecutive finite points."""
-    marked = groupby(points, key=lambda point: math.isfinite(point[0]) and math.isfinite(point[1]))
-    return [list(run) for is_finite, run in marked if is_finite]
-
-
-def _legend(index: int, name: str, runs: Sequence[Sequence[Point]], num_given: int) -> str:
-    num_drawn = sum(len(run) for run in runs)
-    end = f"ends at {_number(float(runs[-1][-1][1]))}" if runs else _missing("no points")
-    skipped = f", {num_given - num_drawn} of {num_given} points are not finite" if num_drawn < num_given else ""
-    sample = f'<svg viewBox="0 0 24 8" aria-hidden="true"><path class="{_colour(index)}" d="M1,4 23,4"/></svg>'
-    return f"<li>{sample}<b>{_text(name)}</b> <small>{end}{skipped}</small></li>"
-
-
-def _in_words(curves: Curves, lines: Mapping[str, Sequence[Sequence[Point]]], is_log: bool) -> str:
-    """The plot in words, for those who do not see it."""
-    ends = [f"{name} from {runs[0][0][1]:.4g} to {runs[-1][-1][1]:.4g}" for name, runs in lines.items() if runs]
-    return f"{curves.title} over {curves.x}{', logarithmic' if is_log else ''}: {'; '.join(ends)}"
-
-
-def _colour(index: int) -> str:
-    """Classes of a series: lines past the last colour start over, dashed."""
-    return f"line c{index % NUM_COLOURS}" + (" dashed" if index >= NUM_COLOURS else "")
-
-
-def _line(index: int, runs: Sequence[Sequence[Point]], x_axis: _Axis, y_axis: _Axis) -> str:
-    is_marked = sum(len(run) for run in runs) <= MARKED_POINTS
-    strokes, marks = [], []
-    for run in runs:
-        places = [f"{_x(x_axis, x):.1f},{_y(y_axis, y):.1f}" for x, y in run]
-        if len(run) > 1:
-            strokes.append(f"M{' '.join(places)}")
-        if is_marked or len(run) == 1:
-            marks += [_mark(point, *place.split(",")) for point, place in zip(run, places, strict=True)]
-    path = f'<path class="{_colour(index)}" d="{"".join(strokes)}"/>' if strokes else ""
-    return f'{path}<g class="mark c{index % NUM_COLOURS}">{"".join(marks)}</g>' if marks else path
-
-
-def _mark(point: Point, x: str, y: str) -> str:
-    return f'<circle cx="{x}" cy="{y}" r="3"><title>{float(point[0]):g}: {float(point[1]):.6g}</title></circle>'
-
-
-def _x(axis: _Axis, value: float) -> float:
-    return LEFT + axis.share(value) * (RIGHT - LEFT)
-
-
-def _y(axis: _Axis, value: float) -> float:
-    return BOTTOM - axis.share(value) * (BOTTOM - TOP)
-
-
-def _frame(x_label: str, x_axis: _Axis, y_axis: _Axis) -> str:
-    """Grid, tick labels and what the axes are."""
-    across = [(_y(y_axis, value), label) for value, label in y_axis.ticks]
-    down = [(_x(x_axis, value), label) for value, label in x_axis.ticks]
-    parts = [
-        *(f'<path class="grid" d="M{LEFT},{y:.1f} {RIGHT},{y:.1f}"/>' for y, _ in across),
-        *(f'<text class="y" x="{LEFT - 8}" y="{y + 4:.1f}">{label}</text>' for y, label in across),
-        *(f'<path class="axis" d="M{x:.1f},{BOTTOM} {x:.1f},{BOTTOM + 5}"/>' for x, _ in down),
-        *(f'<text class="x" x="{x:.1f}" y="{BOTTOM + 20}">{label}</text>' for x, label in down),
-        f'<path class="axis" d="M{LEFT},{BOTTOM} {RIGHT},{BOTTOM}"/>',
-        f'<text class="x" x="{(LEFT + RIGHT) / 2}" y="{HEIGHT - 8}">{_text(x_label)}</text>',
-        f'<text class="scale" x="{RIGHT}" y="{TOP - 4}">log scale</text>' if y_axis.is_log else "",
-    ]
-    return "".join(parts)
-
-
-def _linear(values: Sequence[float], is_widened: bool) -> _Axis:
-    """An axis over all values; widened, it ends at round numbers."""
-    low, high = float(min(values)), float(max(values))
-    size = max(abs(low), abs(high))
-    if high / 2 - low / 2 <= max(size * 1e-12, 1e-290):  # one value: put it in the middle
-        pad = size * 0.1 if size > 1e-280 else 1.0
-        low, high = max(low - pad, -sys.float_info.max), min(high + pad, sys.float_info.max)
-    step = _round_step((high / 2 - low / 2) * 0.4)
-    first, last = (math.floor, math.ceil) if is_widened else (math.ceil, math.floor)
-    ticks = [index * step for index in range(first(low / step), last(high / step) + 1)]
-    ticks = [tick for tick in ticks if math.isfinite(tick)]
-    if is_widened:
-        low, high = min(low, ticks[0]), max(high, ticks[-1])
-    return _Axis(low, high, False, tuple((tick, _tick_label(tick, step)) for tick in ticks))
-
-
-def _round_step(rough: float) -> float:
-    """The nearest of 1, 2, 5 times a power of ten that is not below `rough`."""
-    power = 10.0 ** math.floor(math.log10(rough))
-    return next((factor * power for factor in (1.0, 2.0, 5.0) if factor * power >= rough * 0.999), 10.0 * power)
-
-
-def _tick_label(tick: float, step: float) -> str:
-    if tick == 0:
-        return "0"
-    if abs(tick) >= 1e6 or step < 1e-4:
-        return f"{tick:.6g}"
-    return f"{tick:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
-
-
-def _logarithmic(values: Sequence[float]) -> _Axis:
-    low, high = math.log10(min(values)), math.log10(max(values))
-    margin = (high - low) * 0.04
-    low, high = low - margin, high + margin
-    factors = (1, 2, 5) if high - low < 2.5 else (1,)
-    stride = math.ceil((high - low) / 6)
-    powers = range(math.ceil(low) - 1, math.floor(high) + 1)
-    # From text, because 10.0 ** -2 * 5 is not 0.05.
-    ticks = [float(f"{factor}e{power}") for power in powers if power % stride == 0 for factor in factors]
-    kept = [tick for tick in ticks if tick > 0 and low <= math.log10(tick) <= high]
-    return _Axis(low, high, True, tuple((tick, f"{tick:g}") for tick in kept))
 
 
 _SCRIPT = """// One sound at a time.

@@ -17,9 +17,14 @@ def accuracy(right: Sequence[bool]) -> dict[str, object]:
 
 
 def word_error_rate(references: Sequence[str], hypotheses: Sequence[str]) -> dict[str, object]:
-    """Corpus word error rate, `n` utterances and the interval from resampling whole utterances."""
+    """Corpus word error rate, `n` utterances and the interval from resampling whole utterances.
+
+    Without a single reference word there is no rate: `wer` and `ci95` are None.
+    """
     pairs = [word_errors(r, h) for r, h in zip(references, hypotheses, strict=True)]
     errors, words = (np.asarray(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    if not words.sum():
+        return {"wer": None, "n": len(pairs), "ci95": None, "reason": "the references hold no words"}
     return {"wer": float(errors.sum() / words.sum()), "n": len(pairs), "ci95": _interval(errors, words)}
 
 

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from nexus.train.stage import optimizers
 PROBE_STEPS = 25  # the speed of a stage is measured once on steps 5 .. 25, all inside the warm-up
 
 
+@runtime_checkable
 class Watch(Protocol):
     """What the loop tells a progress display."""
 
@@ -35,18 +36,18 @@ class Pace:
     def decide(self, steps_per_second: float) -> int:
         """Fix the number of steps; later calls return the same number."""
         if self.steps is None:
-            self.steps = max(self.min_steps, PROBE_STEPS, int(self.seconds * steps_per_second))
+            self.steps = max(self.min_steps, PROBE_STEPS + 1, int(self.seconds * steps_per_second))
         return self.steps
 
 
 def rate_factor(step: int, steps: int | None, optim: OptimConfig) -> float:
     """Learning-rate factor: warm-up, constant, then linear to final_factor from decay_from of the steps.
 
-    Warm-up steps do not depend on the total, so that a stage may start before its length is known.
+    The steps on which a stage's speed is measured do not depend on the total: it is not known yet.
     """
     if step < optim.warmup_steps or steps is None:
         return min(1.0, (step + 1) / max(1, optim.warmup_steps))
-    begin = max(optim.warmup_steps, optim.decay_from * steps)
+    begin = max(optim.warmup_steps, PROBE_STEPS, optim.decay_from * steps)
     if step < begin:
         return 1.0
     return 1.0 - (1.0 - optim.final_factor) * (step - begin) / max(1.0, steps - begin)
@@ -60,14 +61,14 @@ def fit(
     watch: Watch,
     bf16: bool,
     planned: Callable[[int], None] = lambda steps: None,
-) -> list[dict[str, float]]:
+) -> list[dict[str, int | float]]:
     """Train `parameters` on losses(step)["loss"]; returns one row of numbers per logged step.
 
     `planned` is told the number of steps as soon as it is fixed. Everything a step depends on must follow from its
     number, so that the same plan gives the same weights. Raises NexusError on a loss that is not finite.
     """
     movers = optimizers(parameters, optim)
-    curve: list[dict[str, float]] = []
+    curve: list[dict[str, int | float]] = []
     begun = time.perf_counter()
     probe = begun
     step = 0

@@ -27,7 +27,7 @@ def delay(codes: Int[Tensor, "B K S"], lengths: Int[Tensor, "B"], pad: int, eos:
     rows, books, frames = codes.shape
     step = torch.arange(frames + books, device=codes.device)
     frame = step[None] - torch.arange(books, device=codes.device)[:, None]  # [K, S2] frame a book shows at a step
-    shown = codes.gather(2, frame.clamp(0, max(frames - 1, 0)).expand(rows, -1, -1))
+    shown = nn.functional.pad(codes, (0, books), value=pad).gather(2, frame.clamp_min(0).expand(rows, -1, -1))
     end = lengths[:, None, None]
     shown = torch.where(frame < end, shown, torch.where(frame == end, eos, pad))
     return torch.where(frame >= 0, shown, pad)
@@ -48,6 +48,7 @@ class VoiceState:
     previous: Int[Tensor, "B K"]  # codes of the step before, in the delayed layout
     queue: list[list[Tensor]]  # per row: projected states, one per frame still to come
     last: list[Tensor | None]  # per row: the state held when the queue is empty
+    tail: list[int]  # per row: how many frames of the queue belong to its newest token
     ended: list[bool]  # per row: no more text will come
     finish: Int[Tensor, "B"]  # step at which the first book said EOS, or -1
 
@@ -162,6 +163,7 @@ class DelayedVoice(nn.Module):
             torch.full((rows, self.config.books), self.pad, dtype=torch.long, device=device),
             [[] for _ in range(rows)],
             [None] * rows,
+            [0] * rows,
             [False] * rows,
             torch.full((rows,), -1, dtype=torch.long, device=device),
         )
@@ -177,8 +179,9 @@ class DelayedVoice(nn.Module):
         """More text for a row: its language states, input embeddings and letters per token."""
         for said, count in zip(self._project(states, embeds), letters, strict=True):
             held = self.frames_for(count) if self.config.conditioning == "clock" else 1
-            state.queue[row].extend([said] * held)
-            state.last[row] = said
+            if self.config.conditioning != "last":
+                state.queue[row].extend([said] * held)
+            state.last[row], state.tail[row] = said, held
 
     def end(self, state: VoiceState, row: int) -> None:
         """No more text will come for this row."""
@@ -188,9 +191,12 @@ class DelayedVoice(nn.Module):
         """Whether the row can take a step now without guessing what is said next."""
         if self.is_done(state, row):
             return False
-        if state.ended[row]:
-            return True
-        return bool(state.queue[row]) and self.config.conditioning != "last"
+        return state.ended[row] or bool(state.queue[row])
+
+    def _may_end(self, state: VoiceState, row: int) -> bool:
+        """Nobody stops before the last token. Whoever streams holds a token back until it is known to be the last or
+        not: then streamed speech is the same as speech said at once."""
+        return state.ended[row] and len(state.queue[row]) < max(1, state.tail[row])
 
     def is_done(self, state: VoiceState, row: int) -> bool:
         """Whether the row has emitted its last frame."""
@@ -226,8 +232,8 @@ class DelayedVoice(nn.Module):
         for block, memory in zip(self.blocks, state.blocks, strict=True):
             x = cast(Block, block).step(x, memory, index, at, turns)
         scores = self._score(self.norm(x))[:, 0]
-        speaking = torch.tensor([not state.ended[row] for row in rows], device=index.device)
-        scores[speaking, :, self.eos] = float("-inf")  # nobody stops before the text has
+        speaking = torch.tensor([not self._may_end(state, row) for row in rows], device=index.device)
+        scores[speaking, :, self.eos] = float("-inf")
         column = self._choose(scores, generator)
         column = self._force(column, at, state.finish[index])
         fresh = (state.finish[index] < 0) & (column[:, 0] == self.eos)

@@ -1,0 +1,251 @@
+"""Stages train exactly what they name, the loop follows its plan to the bit, stand-in heads stay outside the model."""
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_picture, tiny_recipe, tiny_sound, tiny_tokenizer
+from torch import Tensor, nn
+
+from nexus.data.chat import render
+from nexus.data.collate import collate
+from nexus.errors import BadConfig, NexusError
+from nexus.model.build import save_model
+from nexus.model.omni import OmniModel
+from nexus.recipe import OptimConfig, Recipe, StageConfig
+from nexus.train.loop import PROBE_STEPS, Pace, fit, rate_factor
+from nexus.train.stage import freeze, frozen_digest, trainable_names
+from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC
+from nexus.types import Batch, Script, SpeechBatch, Text, Turn
+
+STAGES = (*tiny_recipe().standins, *tiny_recipe().stages)
+PREFIXES = {
+    "codec": ("codec.",),
+    "sight": ("vision.",),
+    "backbone": ("vision.", "language."),
+    "ears": ("hearing.encoder.",),
+    "align": ("hearing.encoder.", "hearing.adapter."),
+    "sft": ("hearing.adapter.", "vision.tower.merger.", "language."),
+    "speak": ("voice.",),
+}
+
+
+class Quiet:
+    """A watch that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+        self.seen: list[float] = []
+
+    def advance(self, count: int = 1, **numbers: float) -> None:
+        self.seen.append(numbers["loss"])
+
+
+def question() -> Batch:
+    """A row with sound, a picture and text."""
+    parts = (tiny_sound(), tiny_picture(), Text("what is two"))
+    turns = [Turn("user", parts), Turn("assistant", (Text("red circle"),))]
+    specs = tiny_recipe().model
+    return collate([render(turns, tiny_tokenizer(), specs)], tiny_tokenizer().pad, specs)
+
+
+def whole_loss(model: OmniModel) -> Callable[[int], dict[str, Tensor]]:
+    """A loss that every parameter of the model takes part in; what learns from it is the stage's choice alone."""
+    batch = question()
+    script = Script(torch.randn(1, 3, 32), torch.randn(1, 3, 32), torch.tensor([[3, 2, 4]]), torch.tensor([3]))
+    speech = SpeechBatch(script, torch.randint(16, (1, 8, 12)), torch.tensor([12]))
+    waves = torch.from_numpy(tiny_sound(0.4).samples)[None]
+    assert model.codec is not None
+    codec = model.codec
+
+    def losses(step: int) -> dict[str, Tensor]:
+        noise = torch.Generator().manual_seed(step)
+        total = model(batch)["text"] + model(speech)["speech"] + codec.vocoder_loss(waves, noise)
+        return {"loss": total}
+
+    return losses
+
+
+def test_the_loss_of_these_tests_reaches_every_parameter() -> None:
+    model = tiny_model()
+    whole_loss(model)(0)["loss"].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
+def test_a_stage_moves_exactly_what_it_names(stage: StageConfig) -> None:
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    digest = frozen_digest(model, stage.trainable)
+    chosen = freeze(model, stage.trainable)
+    fit(chosen, stage.optim, whole_loss(model), Pace(1.0, 1, steps=1), Quiet(), bf16=False)
+    named = {name for name in before if name.startswith(PREFIXES[stage.name])}
+    assert set(chosen) == named and 0 < len(named) < len(before)
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == named
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == named
+    assert all(torch.equal(b, buffers[name]) for name, b in model.named_buffers())
+    assert frozen_digest(model, stage.trainable) == digest
+
+
+def test_the_digest_of_the_frozen_part_sees_one_changed_bit_there_and_nothing_elsewhere() -> None:
+    model, globs = tiny_model(), ["voice.*"]
+    digest = frozen_digest(model, globs)
+    with torch.no_grad():
+        model.voice.silence.add_(1.0)  # type: ignore[union-attr]
+        assert frozen_digest(model, globs) == digest
+        weight = model.language.head.weight
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    assert frozen_digest(model, globs) != digest
+
+
+def test_a_glob_that_matches_nothing_is_refused() -> None:
+    model = tiny_model()
+    with pytest.raises(BadConfig, match=r"'hearing.adaptor.\*' matches no parameter; there are .*hearing.adapter"):
+        trainable_names(model, ["voice.*", "hearing.adaptor.*"])
+    with pytest.raises(BadConfig):
+        freeze(model, ["hearing"])
+
+
+def test_every_glob_of_the_shipped_recipe_fits_its_own_model() -> None:
+    recipe = Recipe.load("nexus-tiny")
+    with torch.device("meta"):
+        model = OmniModel(recipe.model)
+    for stage in (*recipe.standins, *recipe.stages):
+        assert all(name.startswith(PREFIXES[stage.name]) for name in trainable_names(model, stage.trainable))
+        for glob in (*stage.optim.rates, *stage.optim.muon):
+            assert trainable_names(model, [glob])
+
+
+def test_a_rate_factor_slows_the_parameters_it_names() -> None:
+    def moved(rates: dict[str, float]) -> dict[str, float]:
+        model = nn.ModuleDict({"slow": nn.Linear(3, 3), "quick": nn.Linear(3, 3)})
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+        optim = OptimConfig(rate=0.1, rates=rates, warmup_steps=0, weight_decay=0.0)
+        losses = lambda step: {"loss": torch.stack([p.sum() for p in model.parameters()]).sum()}  # noqa: E731
+        fit(dict(model.named_parameters()), optim, losses, Pace(1.0, 1, steps=1), Quiet(), bf16=False)
+        return {name: float((1 - p.detach()).mean()) for name, p in model.named_parameters()}
+
+    same, apart = moved({}), moved({"slow.*": 0.25})
+    assert apart["slow.weight"] == pytest.approx(0.25 * same["slow.weight"], rel=1e-3)
+    assert apart["quick.weight"] == pytest.approx(same["quick.weight"])
+
+
+def test_the_rate_warms_up_stays_and_falls_to_its_last_share() -> None:
+    optim = OptimConfig(warmup_steps=10, decay_from=0.5, final_factor=0.1)
+    factors = [rate_factor(step, 100, optim) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
+    assert factors[10:51] == [1.0] * 41
+    assert all(b < a for a, b in itertools.pairwise(factors[50:]))
+    assert factors[75] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
+
+
+@given(st.integers(PROBE_STEPS, 200), st.integers(0, 80), st.floats(0.1, 0.9))
+def test_the_rate_of_the_probe_is_the_same_once_the_length_is_known(steps: int, warmup: int, decay_from: float) -> None:
+    optim = OptimConfig(warmup_steps=warmup, decay_from=decay_from)
+    for step in range(PROBE_STEPS):
+        assert rate_factor(step, None, optim) == rate_factor(step, steps, optim)
+
+
+def test_a_pace_is_decided_once() -> None:
+    pace = Pace(seconds=10.0, min_steps=30)
+    assert pace.decide(20.0) == 200 and pace.decide(1.0) == 200
+    assert Pace(10.0, 30).decide(1.0) == 30
+    assert Pace(0.0, 1).decide(1.0) == PROBE_STEPS
+    assert Pace(10.0, 30, steps=7).decide(20.0) == 7
+
+
+def voice_run(pace: Pace, watch: Quiet, told: list[int]) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    stage = tiny_recipe().stage("speak")
+    model = tiny_model(1)
+    torch.manual_seed(2)
+    losses = whole_loss(model)
+    curve = fit(freeze(model, stage.trainable), stage.optim, losses, pace, watch, bf16=False, planned=told.append)
+    return model.state_dict(), curve
+
+
+def test_the_same_plan_gives_the_same_weights_to_the_bit() -> None:
+    measured, first_watch, told = Pace(0.0, 28), Quiet(), list[int]()
+    first, curve = voice_run(measured, first_watch, told)
+    assert measured.steps == 28 and told == [28] and first_watch.total == 28 and len(first_watch.seen) == 28
+    second_watch = Quiet()
+    second, _ = voice_run(Pace(0.0, 28, steps=28), second_watch, told)
+    assert first_watch.seen == second_watch.seen and first_watch.seen[-1] < first_watch.seen[0]
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert [row["step"] for row in curve] == [20, 28] and curve[-1]["loss"] == first_watch.seen[-1]
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_stage_and_leaves_the_weights(broken: float) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    steps: list[Tensor] = []
+
+    def losses(step: int) -> dict[str, Tensor]:
+        steps.append(parameter.detach().clone())
+        return {"loss": parameter.sum() * (broken if step == 4 else 1.0)}
+
+    with pytest.raises(NexusError, match=r"loss is (nan|inf) at step 4; lower optim.rate"):
+        fit({"p": parameter}, OptimConfig(), losses, Pace(1.0, 1, steps=9), Quiet(), bf16=False)
+    assert len(steps) == 5 and torch.equal(parameter, steps[-1])
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_recipe() -> None:
+    parameter = nn.Parameter(torch.zeros(4))
+    losses = lambda step: {"loss": 1e6 * parameter.sum()}  # noqa: E731
+    fit({"p": parameter}, OptimConfig(clip_norm=0.5), losses, Pace(1.0, 1, steps=1), Quiet(), bf16=False)
+    assert parameter.grad is not None and float(parameter.grad.norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+def spellings() -> tuple[Tensor, Tensor, list[str]]:
+    """States that show one letter per three frames, the last row shorter."""
+    texts = ["red two", "it's"]
+    states = torch.zeros(2, 24, 32)
+    for row, text in enumerate(texts):
+        for place, letter in enumerate(text):
+            states[row, 3 * place : 3 * place + 3, CHARACTERS.index(letter)] = 1.0
+    return states, torch.tensor([21, 12]), texts
+
+
+def test_spelling_is_learned_from_states_and_padding_is_not_read() -> None:
+    states, lengths, texts = spellings()
+    head, watch = CharacterCTC(32), Quiet()
+    optim = OptimConfig(rate=0.1, warmup_steps=5)
+    losses = lambda step: {"loss": head(states, lengths, texts)}  # noqa: E731
+    fit(dict(head.named_parameters()), optim, losses, Pace(1.0, 1, steps=60), watch, bf16=False)
+    assert watch.seen[-1] < 0.3 * watch.seen[0] and head.read(states, lengths) == texts
+    noisy = states.clone()
+    noisy[1, 12:] = torch.randn(12, 32)
+    assert head.read(noisy, lengths) == texts
+    assert torch.equal(head(noisy, lengths, texts), head(states, lengths, texts))
+
+
+def test_cells_are_named_from_tokens() -> None:
+    labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 1]])
+    tokens = 2.8 * torch.eye(4, 32)
+    head, watch = CellNames(32, (3, 2)), Quiet()
+    losses = lambda step: {"loss": head(tokens, labels)}  # noqa: E731
+    optim = OptimConfig(rate=0.5, warmup_steps=5)
+    fit(dict(head.named_parameters()), optim, losses, Pace(1.0, 1, steps=40), watch, bf16=False)
+    assert watch.seen[-1] < 0.1 < watch.seen[0]
+
+
+def test_heads_of_stage_nought_train_the_organ_and_are_not_in_the_model(tmp_path: Path) -> None:
+    model = tiny_model()
+    names = set(model.state_dict())
+    assert model.hearing is not None and model.vision is not None
+    batch = question()
+    assert batch.sound is not None and batch.sight is not None
+    ctc, cells = CharacterCTC(32), CellNames(32, (5, 5))
+    frames = torch.tensor([model.hearing.config.encoder.frames_for(int(n)) for n in batch.sound.lengths])
+    loss = ctc(model.hearing.encode(batch.sound), frames, ["red"])
+    (loss + cells(model.vision(batch.sight).embeds, torch.zeros(9, 2, dtype=torch.long))).backward()
+    assert all(p.grad is not None for p in (*model.hearing.encoder.parameters(), *model.vision.parameters()))
+    save_model(tmp_path, model, {})
+    assert set(model.state_dict()) == names == set(load_file(tmp_path / "model.safetensors"))
