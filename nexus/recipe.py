@@ -27,6 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 Count = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -306,6 +307,8 @@ class StageConfig(Strict):
     trainable: tuple[str, ...]  # globs over full parameter names
     mixture: dict[str, Count]  # task -> rows per step
     optim: OptimConfig = OptimConfig()
+    wrong_codes: Share = 0.0  # speech: share of past codes shown wrong, so that the voice leans on the words
+    wrong_frames: Share = 0.0  # speech: the same for all codes of a frame
     auxiliary: dict[str, float] = Field(default_factory=dict)  # loss -> weight; heads live in the stage
     seconds: Annotated[float, Field(ge=0)]
     min_steps: Count = 100

@@ -155,11 +155,15 @@ class Script:
 
 @dataclass(frozen=True)
 class SpeechBatch:
-    """Speech to learn: a script and its codes i64 [B, K, S], padded, with `lengths` [B] frames per row."""
+    """Speech to learn: a script and its codes i64 [B, K, S], padded, with `lengths` [B] frames per row.
+
+    `previous` are the codes that the decoder is shown as its own past, where these differ from `codes`.
+    """
 
     script: Script
     codes: "Tensor"
     lengths: "Tensor"
+    previous: "Tensor | None" = None
 
 
 @dataclass(frozen=True)

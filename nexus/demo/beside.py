@@ -27,12 +27,18 @@ class _RelayedStage:
         self.name, self._channel = name, channel
         self.total: int | None = None
         self._waiting = 0
+        self._values: dict[str, float] = {}
 
     def advance(self, n: int = 1, **values: float) -> None:
         self._waiting += n
-        if self._waiting >= EVERY or self._waiting == self.total:
-            self._channel.send(("advance", self._waiting, values, self.total))
-            self._waiting = 0
+        self._values = values
+        if self._waiting >= EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Tell what has not been told."""
+        self._channel.send(("advance", self._waiting, self._values, self.total))
+        self._waiting = 0
 
 
 class RelayedProgress(Progress):
@@ -46,7 +52,9 @@ class RelayedProgress(Progress):
     def stage(self, name: str, total: int | None = None, unit: str = "steps", done: int = 0) -> Iterator[Any]:
         """As Progress.stage."""
         self._channel.send(("begin", name, total, unit))
-        yield _RelayedStage(name, self._channel)
+        relayed = _RelayedStage(name, self._channel)
+        yield relayed
+        relayed.flush()
         self._channel.send(("end",))
 
 

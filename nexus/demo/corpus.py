@@ -125,15 +125,15 @@ def _noise(seed: int, length: int) -> np.ndarray:
 
 
 class Waves:
-    """The waveforms of one set, in memory-mapped shards."""
+    """The waveforms of one set, read from their shards when they are asked for.
+
+    Read, not mapped: mapped pages count as memory of the process, and training walks through all of them.
+    """
 
     def __init__(self, folder: Path, utterances: Sequence[Utterance]) -> None:
-        self._folder = folder
-        self._shards: list[np.ndarray] = []
-        lengths: list[np.ndarray] = []
-        for number in range(-(-len(utterances) // SHARD)):
-            lengths.append(np.load(folder / f"{number:03}.lengths.npy"))
-            self._shards.append(np.memmap(folder / f"{number:03}.i16", np.int16, "r"))
+        numbers = range(-(-len(utterances) // SHARD))
+        lengths = [np.load(folder / f"{number:03}.lengths.npy") for number in numbers]
+        self._shards = [open(folder / f"{number:03}.i16", "rb", buffering=0) for number in numbers]  # noqa: SIM115
         self.lengths = np.concatenate(lengths)
         assert len(self.lengths) == len(utterances), (folder, len(self.lengths), len(utterances))
         self._starts = np.concatenate([np.cumsum(n) - n for n in lengths])
@@ -143,15 +143,17 @@ class Waves:
 
     def __getitem__(self, index: int) -> Audio:
         """Sound f32 [W] at 16 kHz."""
-        shard, start = self._shards[index // SHARD], self._starts[index]
-        samples = shard[start : start + self.lengths[index]]
-        return Audio(samples=samples.astype(np.float32) / 32767, rate_hz=RATE_HZ)
+        shard, length, start = self._shards[index // SHARD], int(self.lengths[index]), int(self._starts[index])
+        data = os.pread(shard.fileno(), 2 * length, 2 * start)
+        return Audio(samples=np.frombuffer(data, np.int16).astype(np.float32) / 32767, rate_hz=RATE_HZ)
 
     def digest(self) -> str:
         """Digest of the waveforms: what every later result may be compared on."""
         digest = hashlib.sha256()
         for shard in self._shards:
-            digest.update(np.asarray(shard).tobytes())
+            shard.seek(0)
+            while block := shard.read(1 << 20):
+                digest.update(block)
         return digest.hexdigest()[:16]
 
 

@@ -1,17 +1,19 @@
 """`nexus demo`: from nothing to a model that hears, sees and speaks, and a report of what it can do."""
 
 import importlib.metadata
+import io
 import json
 import os
 import platform
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nexus.data.chat import ChatTokenizer
 from nexus.demo import stages
@@ -27,8 +29,9 @@ from nexus.errors import BadConfig
 from nexus.model.build import save_model
 from nexus.model.omni import OmniModel
 from nexus.progress import MemoryWatch, Progress
-from nexus.recipe import Recipe
+from nexus.recipe import Recipe, StageConfig
 from nexus.respond import OmniResponder
+from nexus.train.parallel import Ranks
 from nexus.train.stage import trainable_names
 from nexus.train.standins import CharacterCTC
 
@@ -140,7 +143,7 @@ def _untrained(run: Run, lab: Lab, exam: Exam) -> Answers:
 
 
 def _learn(run: Run, lab: Lab, exam: Exam) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Stage 0 in two tracks, the picture answers before any audio stage, stages 1 to 3."""
+    """Stage 0 in two tracks, the picture answers before any audio stage, then stages 1 to 3."""
     recipe, model, records = run.recipe, lab.model, {}
     threads = run.plan["threads"]
     second: AbstractContextManager[None] = nullcontext()
@@ -155,15 +158,64 @@ def _learn(run: Run, lab: Lab, exam: Exam) -> tuple[dict[str, dict[str, Any]], l
     records.update(codec=codec, ears=ears)
     responder = OmniResponder(model, lab.tokenizer)
     before = run.once("before_audio", lambda: {"seen": exam.look(responder, exam.pictures)})["seen"]
-    align, sft, speak = (recipe.stage(name) for name in ("align", "sft", "speak"))
-    records["align"] = run.train(model, align, stages.align_losses(lab, align, spelling), spelling)
-    records["sft"] = run.train(model, sft, stages.sft_losses(lab, sft))
-    lines: list[stages.Line] = []
-    if not run.has("speak"):
-        with run.clocked("prepare"), run.progress.stage("prepare", unit="lines") as watch:
-            lines = stages.prepare_lines(lab, speak, run.plan["bf16"], watch.advance)
-    records["speak"] = run.train(model, speak, stages.speak_losses(lab, speak, lines) if lines else (lambda step: {}))
+    with _ranks(run) as ranks:
+        records.update(_three_stages(run, lab, spelling, ranks))
     return records, before
+
+
+@contextmanager
+def _ranks(run: Run) -> Iterator[Ranks]:
+    """The processes that train stages 1 to 3 together: two, or one where there is one core or nothing to train."""
+    threads = run.plan["threads"]
+    if threads == 1 or run.has("speak"):
+        yield Ranks()
+        return
+    meeting = run.out.resolve() / ".meeting"
+    meeting.unlink(missing_ok=True)
+    arguments = (run.recipe, run.out, run.minutes, meeting)
+    with beside(_second_rank, arguments, threads // 2, run.progress):
+        torch.set_num_threads(threads - threads // 2)
+        ranks = Ranks.join(0, 2, meeting)
+        yield ranks
+        ranks.leave()
+    torch.set_num_threads(threads)
+
+
+def _second_rank(progress: Progress, recipe: Recipe, out: Path, minutes: float, meeting: Path) -> None:
+    """The second process of stages 1 to 3: same model, rows of its own, nothing to show or to keep."""
+    run = Run(recipe, out, minutes, Progress(io.StringIO()), time.perf_counter())
+    run.plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    lab = _prepare(run)
+    _eyes_and_mind(run, lab)
+    _, _, spelling = _voice_box_and_ears(run, lab)
+    ranks = Ranks.join(1, 2, meeting)
+    _three_stages(run, lab, spelling, ranks)
+    ranks.leave()
+
+
+def _three_stages(run: Run, lab: Lab, spelling: CharacterCTC, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Audio alignment, audio instruction tuning, speech output (Nexus, section 3.3)."""
+    model, records = lab.model, {}
+    align, sft, speak = (_shared(run.recipe.stage(name), ranks) for name in ("align", "sft", "speak"))
+    losses = stages.align_losses(lab, align, spelling)
+    records["align"] = run.train(model, align, losses, spelling, ranks)
+    records["sft"] = run.train(model, sft, stages.sft_losses(lab, sft), ranks=ranks)
+    if run.has("speak"):  # then its weights are only loaded
+        records["speak"] = run.train(model, speak, _never, ranks=ranks)
+        return records
+    with run.clocked("prepare"), run.progress.stage("prepare", unit="lines") as watch:
+        lines = stages.prepare_lines(lab, speak, run.plan["bf16"], ranks, watch.advance)
+    records["speak"] = run.train(model, speak, stages.speak_losses(lab, speak, lines), ranks=ranks)
+    return records
+
+
+def _shared(config: StageConfig, ranks: Ranks) -> StageConfig:
+    """A stage with this rank's part of the rows."""
+    return config.model_copy(update={"mixture": {task: ranks.share(rows) for task, rows in config.mixture.items()}})
+
+
+def _never(step: int) -> dict[str, Tensor]:
+    raise AssertionError(f"a finished stage was asked for step {step}")
 
 
 def _eyes_and_mind(run: Run, lab: Lab) -> dict[str, dict[str, Any]]:

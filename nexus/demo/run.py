@@ -25,7 +25,8 @@ from nexus.errors import BadConfig, Busy
 from nexus.model.build import load_weights
 from nexus.progress import MemoryWatch, Progress
 from nexus.recipe import Recipe, StageConfig
-from nexus.train.loop import Pace, bf16_is_faster, fit
+from nexus.train.loop import ALONE, Pace, bf16_is_faster, fit
+from nexus.train.parallel import Ranks
 from nexus.train.stage import freeze, frozen_digest
 
 DEFAULT_MINUTES = 14.0  # what the recipe's budgets in seconds come to, with synthesis and examination
@@ -162,8 +163,12 @@ class Run:
         config: StageConfig,
         losses: Callable[[int], dict[str, Tensor]],
         head: nn.Module | None = None,
+        ranks: Ranks = ALONE,
     ) -> dict[str, Any]:
-        """One stage: trained now, or its weights loaded when finished. Frozen parameters are checked bit for bit."""
+        """One stage: trained now, or its weights loaded when finished. Frozen parameters are checked bit for bit.
+
+        Of several ranks the first keeps the books; the others train along and leave nothing.
+        """
         weights = self.out / "state" / f"{config.name}.safetensors"
 
         def work() -> dict[str, Any]:
@@ -172,20 +177,28 @@ class Run:
             frozen = frozen_digest(model, config.trainable)
             budget = config.seconds * self.minutes / DEFAULT_MINUTES
             pace = Pace(budget, config.min_steps, self.plan["steps"].get(config.name))
+
+            def planned(steps: int) -> None:
+                if ranks.rank == 0:
+                    self.note(steps={config.name: steps})
+
             model.train()
             with self.progress.stage(config.name) as watch:
                 curve = fit(
                     {**parameters, **own},
                     config.optim,
-                    losses,
+                    lambda step: losses(ranks.place(step)),
                     pace,
                     watch,
                     self.plan["bf16"],
-                    lambda steps: self.note(steps={config.name: steps}),
+                    planned,
+                    ranks,
                 )
             model.eval()
             assert frozen == frozen_digest(model, config.trainable), f"stage {config.name} changed frozen parameters"
-            save_file(_chosen(model, config.trainable) | {k: p.detach().contiguous() for k, p in own.items()}, weights)
+            if ranks.rank == 0:
+                heads = {k: p.detach().contiguous() for k, p in own.items()}
+                save_file(_chosen(model, config.trainable) | heads, weights)
             return {
                 "steps": pace.steps,
                 "trainable": list(config.trainable),
@@ -195,7 +208,7 @@ class Run:
             }
 
         finished = self.has(config.name)
-        record = self.once(config.name, work)
+        record = self.once(config.name, work) if ranks.rank == 0 or finished else work()
         if finished:
             saved = load_file(weights)
             learned = {k: v for k, v in saved.items() if not k.startswith("head.")}

@@ -8,7 +8,7 @@ import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from nexus.demo.world import World
 from nexus.model.omni import OmniModel
 from nexus.pixels import patch_rows
 from nexus.recipe import Recipe, StageConfig
+from nexus.train.parallel import Ranks
 from nexus.train.standins import CellNames, CharacterCTC
 from nexus.types import Audio, Batch, Image, Script, Sight, SpeechBatch, Text, Turn
 
@@ -32,6 +33,7 @@ Losses = Callable[[int], dict[str, Tensor]]
 DESCRIBE = "please describe the picture"
 COPY = TASKS["asr"].instruction
 CROP_SECONDS = 1.1
+PREPARED_ROWS = 64
 MASK_FROM_STEP = 150  # spectrum masking starts once the first words are heard
 
 
@@ -205,36 +207,43 @@ class Line:
     codes: Tensor
 
 
-def prepare_lines(lab: Lab, config: StageConfig, bf16: bool, tell: Callable[[int], None]) -> list[Line]:
-    """Frozen language states and codec codes of everything stage 3 learns (speech synthesis, then spoken replies)."""
-    model, spoken = lab.model, lab.plan.sets["spoken"]
-    assert model.codec is not None
-    codes = []
-    with torch.no_grad():
-        for i in range(len(spoken)):
-            codes.append(model.codec.encode(torch.from_numpy(_samples(lab.waves["spoken"][i]))[None, None])[0])
-            tell(1)
-    jobs: list[tuple[tuple[Turn, ...], int]] = [
-        (task_turns("tts", text=utterance.text), i) for i, utterance in enumerate(spoken)
-    ]
-    replies = [(q, place) for q, place in enumerate(lab.plan.replies) if place >= 0]
-    wanted = len(jobs) * config.mixture["s2s"] // config.mixture["tts"]
-    for question, place in replies[:wanted]:
-        heard = lab.waves["heard"][question]
-        reply = Audio(samples=np.zeros(0, np.float32), rate_hz=16_000)  # marks the turn as spoken; its codes are known
-        jobs.append((task_turns("s2s", sound=heard, text=spoken[place].text, speech=reply), place))
+def prepare_lines(lab: Lab, config: StageConfig, bf16: bool, ranks: Ranks, tell: Callable[[int], None]) -> list[Line]:
+    """Frozen language states and codec codes of what this rank learns to say: sentences to read aloud, and answers to
+    spoken questions in the mixture's proportion."""
+    spoken = lab.plan.sets["spoken"]
+    jobs: list[tuple[int | None, int]] = [(None, place) for place in range(len(spoken))]  # (question, what is said)
+    replies = [(question, place) for question, place in enumerate(lab.plan.replies) if place >= 0]
+    jobs += replies[: len(jobs) * config.mixture["s2s"] // config.mixture["tts"]]
+    jobs = jobs[ranks.rank :: ranks.world]
+    jobs.sort(key=lambda job: (job[0] is not None, len(spoken[job[1]].text)))  # rows of one length side by side
     lines: list[Line] = []
-    order = sorted(range(len(jobs)), key=lambda j: (j >= len(spoken), len(spoken[jobs[j][1]].text)))
-    for start in range(0, len(order), 64):
-        rows = [lab.render(jobs[j][0]) for j in order[start : start + 64]]
+    for start in range(0, len(jobs), PREPARED_ROWS):
+        some = jobs[start : start + PREPARED_ROWS]
+        rows = [lab.render(_said(lab, question, place)) for question, place in some]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            states = model.spoken_states(lab.batch(rows), [row.spoken for row in rows])
-        for j, row, state in zip(order[start : start + 64], rows, states, strict=True):
-            tokens = torch.tensor([row.tokens[at] for at in row.spoken])
-            letters = torch.tensor([lab.tokenizer.letters[t] for t in tokens.tolist()])
-            lines.append(Line(state.float(), model.language.embed(tokens).detach(), letters, codes[jobs[j][1]]))
+            states = lab.model.spoken_states(lab.batch(rows), [row.spoken for row in rows])
+        for (_, place), row, state in zip(some, rows, states, strict=True):
+            lines.append(_line(lab, [row.tokens[at] for at in row.spoken], state.float(), place))
         tell(len(rows))
     return lines
+
+
+def _said(lab: Lab, question: int | None, place: int) -> tuple[Turn, ...]:
+    """The turns in which a sentence is spoken: read aloud, or as the answer to a spoken question."""
+    text = lab.plan.sets["spoken"][place].text
+    if question is None:
+        return task_turns("tts", text=text)
+    reply = Audio(samples=np.zeros(0, np.float32), rate_hz=16_000)  # marks the turn as spoken; its codes are known
+    return task_turns("s2s", sound=lab.waves["heard"][question], text=text, speech=reply)
+
+
+@torch.no_grad()
+def _line(lab: Lab, tokens: Sequence[int], states: Tensor, place: int) -> Line:
+    codec = lab.model.codec
+    assert codec is not None
+    codes = codec.encode(torch.from_numpy(_samples(lab.waves["spoken"][place]))[None, None])[0]
+    letters = torch.tensor([lab.tokenizer.letters[token] for token in tokens])
+    return Line(states, lab.model.language.embed(torch.tensor(tokens)), letters, codes)
 
 
 def speak_losses(lab: Lab, config: StageConfig, lines: Sequence[Line]) -> Losses:
@@ -243,7 +252,8 @@ def speak_losses(lab: Lab, config: StageConfig, lines: Sequence[Line]) -> Losses
     buckets = Buckets([line.codes.shape[1] for line in lines], rows, lab.seed("speak"))
 
     def losses(step: int) -> dict[str, Tensor]:
-        said = lab.model(_speech([lines[i] for i in buckets.at(step)]))
+        batch = _speech([lines[i] for i in buckets.at(step)])
+        said = lab.model(replace(batch, previous=_mistaken(batch.codes, config, lab.rng("speak", step))))
         return {"loss": said["speech"], **said}
 
     return losses
@@ -261,6 +271,16 @@ def _speech(lines: Sequence[Line]) -> SpeechBatch:
     )
     codes = pad([line.codes.T for line in lines]).transpose(1, 2)
     return SpeechBatch(script, codes, torch.tensor([line.codes.shape[1] for line in lines]))
+
+
+def _mistaken(codes: Tensor, config: StageConfig, rng: random.Random) -> Tensor:
+    """Codes with some replaced by others: in use the voice's past is its own, with mistakes in it."""
+    generator = torch.Generator().manual_seed(rng.getrandbits(40))
+    rows, _, frames = codes.shape
+    wrong = torch.rand(codes.shape, generator=generator) < config.wrong_codes
+    wrong |= torch.rand((rows, 1, frames), generator=generator) < config.wrong_frames
+    others = torch.randint(0, int(codes.max()) + 1, codes.shape, generator=generator)
+    return torch.where(wrong, others, codes)
 
 
 def _audio_rows(lab: Lab, config: StageConfig, stage: str) -> Callable[[int], tuple[list[Rendered], list[str]]]:

@@ -79,7 +79,7 @@ class OmniModel(nn.Module):
         """Losses by name: `text` for conversations, `speech` for scripts with codes."""
         if isinstance(batch, SpeechBatch):
             assert self.voice is not None, "speech for a model without a voice"
-            return self.voice.loss(batch.script, batch.codes, batch.lengths)
+            return self.voice.loss(batch.script, batch.codes, batch.lengths, batch.previous)
         hidden = self.hidden(batch)
         targets = batch.labels[:, 1:]  # the one place where labels are shifted
         learn = targets != IGNORE

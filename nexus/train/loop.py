@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from nexus.errors import NexusError
 from nexus.recipe import OptimConfig
+from nexus.train.parallel import Ranks
 from nexus.train.stage import optimizers
 
+ALONE = Ranks()
 PROBE_STEPS = 25  # the speed of a stage is measured once on steps 5 .. 25, all inside the warm-up
 
 
@@ -61,9 +63,11 @@ def fit(
     watch: Watch,
     bf16: bool,
     planned: Callable[[int], None] = lambda steps: None,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, int | float]]:
     """Train `parameters` on losses(step)["loss"]; returns one row of numbers per logged step.
 
+    `losses` are of this rank's own rows; gradients are averaged over `ranks`.
     `planned` is told the number of steps as soon as it is fixed. Everything a step depends on must follow from its
     number, so that the same plan gives the same weights. Raises NexusError on a loss that is not finite.
     """
@@ -76,7 +80,7 @@ def fit(
         if pace.steps is None and step == 5:
             probe = time.perf_counter()
         if pace.steps is None and step == PROBE_STEPS:
-            pace.decide((PROBE_STEPS - 5) / (time.perf_counter() - probe))
+            pace.steps = ranks.agree(pace.decide((PROBE_STEPS - 5) / (time.perf_counter() - probe)))
         if pace.steps is not None and watch.total is None:
             watch.total = pace.steps
             planned(pace.steps)
@@ -93,6 +97,7 @@ def fit(
         for parameter in parameters.values():
             parameter.grad = None
         total.backward()
+        ranks.average(parameters.values())
         nn.utils.clip_grad_norm_(list(parameters.values()), optim.clip_norm)
         for mover in movers:
             mover.step()

@@ -73,6 +73,10 @@ class DelayedVoice(nn.Module):
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.layers))
         self.norm = RMSNorm(width)
         self.heads = nn.Linear(width, config.books * (size + 2), bias=False)
+        # Words and codes start equally loud: the sum of K code embeddings has size sqrt(K), and so have the words.
+        terms = [self.state.weight] if config.source == "state" else [self.state.weight, self.embed.weight]
+        for weight in terms:
+            nn.init.normal_(weight, std=(config.books / len(terms) / language_width) ** 0.5)
         nn.init.normal_(self.codes.weight, std=1.0)
         nn.init.normal_(self.heads.weight, std=0.02)
 
@@ -138,14 +142,20 @@ class DelayedVoice(nn.Module):
         return scores + never
 
     def loss(
-        self, script: Script, codes: Int[Tensor, "B K S"], lengths: Int[Tensor, "B"]
+        self,
+        script: Script,
+        codes: Int[Tensor, "B K S"],
+        lengths: Int[Tensor, "B"],
+        previous: Int[Tensor, "B K S"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Cross entropy over the T + 1 steps of every book (its codes and EOS), weighted per book.
 
-        `codes` [B, K, S] padded, `lengths` frames per row. Also gives the plain mean of the first book.
+        `codes` [B, K, S] padded, `lengths` frames per row; `previous` what is shown as the past, if not the codes
+        themselves. Also gives the plain mean of the first book.
         """
         delayed = delay(codes, lengths, self.pad, self.eos)
-        scores = self.logits(script, delayed)  # [B, S2, K, C2]
+        shown = delayed if previous is None else delay(previous, lengths, self.pad, self.eos)
+        scores = self.logits(script, shown)  # [B, S2, K, C2]
         targets = delayed.transpose(1, 2)
         losses = nn.functional.cross_entropy(
             scores.flatten(0, 2), targets.flatten(), ignore_index=self.pad, reduction="none"

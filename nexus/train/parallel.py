@@ -1,0 +1,65 @@
+"""Several processes that train one model, each on rows of its own: gradients are averaged, so weights stay equal.
+
+On two cores two processes with one thread each do almost twice the work of one process with two threads: the products
+of a small model are too short to be worth sharing.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+PATIENCE = timedelta(seconds=300)  # how long a rank waits for another
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of how many processes this is. One process alone needs no group."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def join(cls, rank: int, world: int, meeting: Path) -> "Ranks":
+        """Meet the other processes over a file that did not exist before; only the loopback device is used."""
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", f"file://{meeting}", timeout=PATIENCE, rank=rank, world_size=world)
+        return cls(rank, world)
+
+    def leave(self) -> None:
+        """The end of the group."""
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over all ranks; no gradient counts as zero."""
+        if self.world == 1:
+            return
+        members = list(parameters)
+        flat = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in members])
+        dist.all_reduce(flat)
+        for parameter, mean in zip(members, (flat / self.world).split([p.numel() for p in members]), strict=True):
+            parameter.grad = mean.view_as(parameter)
+
+    def agree(self, number: int) -> int:
+        """The number of rank 0, on every rank."""
+        if self.world == 1:
+            return number
+        shared = torch.tensor([number])
+        dist.broadcast(shared, 0)
+        return int(shared)
+
+    def share(self, rows: int) -> int:
+        """This rank's part of the rows of a step."""
+        return max(1, rows // self.world)
+
+    def place(self, step: int) -> int:
+        """The number under which this rank draws its rows of a step: no two ranks draw the same."""
+        return step * self.world + self.rank
