@@ -21,12 +21,12 @@ from nexus.demo.world import World
 from nexus.engines.speak import Voice, speak_many, voice_pool
 from nexus.media import resample
 from nexus.recipe import WorldConfig, fingerprint
+from nexus.synth.steps import at_level, trimmed, with_noise
 from nexus.types import Audio
 
 RATE_HZ = 16_000
 SHARD = 1000  # utterances; the unit that survives a kill
 STEPS = {"espeakng-loader": "0.2.4", "trim": 1, "resample": 1, "noise": 1}  # a change here is a new corpus
-MARGIN_SECONDS = 0.04  # silence left at both ends
 
 
 @dataclass(frozen=True)
@@ -95,33 +95,11 @@ def _anyone(text: str, voices: Sequence[str], config: WorldConfig, rng: random.R
 def finish(utterance: Utterance, sound: Audio) -> np.ndarray:
     """Trim, resample to 16 kHz, set the level and add seeded noise; i16 [W]. Runs in the synthesis processes."""
     assert sound.samples is not None
-    loud = np.flatnonzero(np.abs(sound.samples) > 0.01 * np.abs(sound.samples).max())
-    margin = round(MARGIN_SECONDS * sound.rate_hz)
-    first, last = max(0, loud[0] - margin), loud[-1] + margin
-    wave = resample(sound.samples[first:last], sound.rate_hz, RATE_HZ)
-    wave = wave * 10 ** (utterance.gain_db / 20)
+    wave = resample(trimmed(sound.samples, sound.rate_hz), sound.rate_hz, RATE_HZ)
+    wave = at_level(wave, utterance.gain_db)
     if utterance.noise_db is not None:
-        power = float(np.square(wave).mean())
-        wave = wave + _noise(int(utterance.id, 16), len(wave)) * np.sqrt(power / 10 ** (utterance.noise_db / 10))
+        wave = with_noise(wave, utterance.noise_db, int(utterance.id, 16))
     return np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
-
-
-@functools.cache
-def _noise_bank() -> np.ndarray:
-    """Eight noises between white and brown, f32 [8, 2 ** 17] of power 1, made once per process from a fixed seed."""
-    rng = np.random.default_rng(8)
-    spectra = np.fft.rfft(rng.standard_normal((8, 1 << 17)))
-    slopes = np.linspace(0.0, 1.0, 8)[:, None]
-    noises = np.fft.irfft(spectra / np.arange(1, spectra.shape[1] + 1) ** slopes)
-    return (noises / np.sqrt(np.square(noises).mean(1, keepdims=True))).astype(np.float32)
-
-
-def _noise(seed: int, length: int) -> np.ndarray:
-    """A stretch of one of the noises, both chosen by `seed`; f32 [length]."""
-    rng, bank = np.random.default_rng(seed), _noise_bank()
-    clip, start = rng.integers(len(bank)), rng.integers(bank.shape[1])
-    stretch = bank[clip].take(np.arange(start, start + length), mode="wrap")
-    return stretch / np.sqrt(np.square(stretch).mean())
 
 
 class Waves:
