@@ -165,7 +165,7 @@ def test_a_missing_file_and_an_unknown_name_are_refused(tmp_path: Path) -> None:
         ("stages.7.seconds=3", ["no item '7'"]),
         ("name.x=3", ["--set name.x", "'name' is a value"]),
         ("name.x.y=3", ["--set name.x.y", "value, not a section"]),
-        ("=3", ["unknown key"]),
+        ("=3", ["--set =3", "expected KEY=VALUE"]),
         ("world.nothing.more=3", ["unknown key"]),
     ],
 )

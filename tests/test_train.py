@@ -158,7 +158,7 @@ def test_a_pace_is_decided_once() -> None:
     pace = Pace(seconds=10.0, min_steps=30)
     assert pace.decide(20.0) == 200 and pace.decide(1.0) == 200
     assert Pace(10.0, 30).decide(1.0) == 30
-    assert Pace(0.0, 1).decide(1.0) == PROBE_STEPS
+    assert Pace(0.0, 1).decide(1.0) == PROBE_STEPS + 1
     assert Pace(10.0, 30, steps=7).decide(20.0) == 7
 
 

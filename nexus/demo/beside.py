@@ -23,9 +23,8 @@ EVERY = 10  # steps between two messages of a stage
 class _RelayedStage:
     """What the training loop sees of a stage whose display is in another process."""
 
-    def __init__(self, name: str, channel: Connection) -> None:
-        self.name, self._channel = name, channel
-        self.total: int | None = None
+    def __init__(self, total: int | None, channel: Connection) -> None:
+        self.total, self._channel = total, channel
         self._waiting = 0
         self._values: dict[str, float] = {}
 
@@ -52,7 +51,7 @@ class RelayedProgress(Progress):
     def stage(self, name: str, total: int | None = None, unit: str = "steps", done: int = 0) -> Iterator[Any]:
         """As Progress.stage."""
         self._channel.send(("begin", name, total, unit))
-        relayed = _RelayedStage(name, self._channel)
+        relayed = _RelayedStage(total, self._channel)
         yield relayed
         relayed.flush()
         self._channel.send(("end",))

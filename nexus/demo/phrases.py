@@ -273,13 +273,13 @@ _ORDERS = tuple(
 # `travel`, `words` and `sight` ask nothing that is answered: they say the names of facts and the words of picture
 # questions in many combinations, because those facts and questions themselves are too few to be held out as speech.
 FAMILIES = (
-    Family("plus", "plus", _SUMS, partial(_arithmetic, "plus"), asked=2.5, said=1.5),
-    Family("minus", "minus", _DIFFERENCES, partial(_arithmetic, "minus"), asked=4.0, said=1.5),
+    Family("plus", "plus", _SUMS, partial(_arithmetic, "plus"), asked=3.0, said=1.5),
+    Family("minus", "minus", _DIFFERENCES, partial(_arithmetic, "minus"), asked=3.0, said=1.5),
     Family("times", "times", _PRODUCTS, partial(_arithmetic, "times"), asked=0.8, said=0.5),
-    Family("opposite", "opposite", _FACES, _opposite, asked=1.0, said=1.5, fact=True),
-    Family("capital", "capital", CAPITALS, _capital, asked=1.0, said=1.0, fact=True),
-    Family("compare", "compare", _NUMBER_PAIRS, _compare, asked=4.0, said=1.5),
-    Family("which", "compare", _NUMBER_PAIRS, _which, asked=4.0, said=1.0),
+    Family("opposite", "opposite", _FACES, _opposite, asked=1.5, said=1.5, fact=True),
+    Family("capital", "capital", CAPITALS, _capital, asked=1.3, said=1.0, fact=True),
+    Family("compare", "compare", _NUMBER_PAIRS, _compare, asked=3.5, said=1.5),
+    Family("which", "compare", _NUMBER_PAIRS, _which, asked=3.5, said=1.0),
     Family("command", "command", _ORDERS, _command, asked=1.5, said=2.5),
     Family("travel", "travel", _TRIPS, _travel, asked=0.0, said=1.5),
     Family("words", "words", _WORD_PAIRS, _words, asked=0.0, said=1.5),

@@ -92,7 +92,7 @@ def fit(
         total = numbers["loss"]
         if not bool(torch.isfinite(total)):
             raise NexusError(
-                f"loss is {float(total)} at step {step}; lower optim.rate or look at the data of this step"
+                f"loss is {float(total.detach())} at step {step}; lower optim.rate or look at the data of this step"
             )
         for parameter in parameters.values():
             parameter.grad = None

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import FileStore
 
 PATIENCE = timedelta(seconds=300)  # how long a rank waits for another
 
@@ -24,18 +25,23 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    store: FileStore | None = None
 
     @classmethod
     def join(cls, rank: int, world: int, meeting: Path) -> "Ranks":
         """Meet the other processes over a file that did not exist before; only the loopback device is used."""
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", f"file://{meeting}", timeout=PATIENCE, rank=rank, world_size=world)
-        return cls(rank, world)
+        store = FileStore(str(meeting), world)
+        store.set_timeout(PATIENCE)
+        dist.init_process_group("gloo", store=store, timeout=PATIENCE, rank=rank, world_size=world)
+        return cls(rank, world, store)
 
     def leave(self) -> None:
-        """The end of the group."""
-        if self.world > 1:
+        """The end of the group. Nobody hangs up before everybody has heard the last sum."""
+        if self.store is not None:
+            self.store.set(f"left {self.rank}", "")
+            self.store.wait([f"left {rank}" for rank in range(self.world)])
             dist.destroy_process_group()
 
     def average(self, parameters: Iterable[nn.Parameter]) -> None:
