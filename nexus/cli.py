@@ -28,7 +28,10 @@ BEGUN = time.perf_counter()
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are one line."""
+    """An argument parser whose mistakes are one line and whose options have one name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> Any:
         raise BadConfig(f"{message}; see `{self.prog} --help`")
