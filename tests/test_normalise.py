@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nexus.errors import BadConfig, BadRecord
-from nexus.eval.scores import word_error_rate
-from nexus.eval.suites.normalise import NORMALISERS, error_counts, error_rate, normaliser, rate_interval, speechio_zh
+from nexus.eval.scores import rate_interval, word_error_rate
+from nexus.eval.suites.normalise import NORMALISERS, error_counts, error_rate, normaliser, speechio_zh
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "dd"]), max_size=6).map(" ".join)
 PAIRS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8).filter(lambda pairs: any(r for r, _ in pairs))

@@ -75,13 +75,17 @@ class Exam:
         return self.lab.plan.test_questions[: len(self.recited)]
 
     def write(
-        self, responder: OmniResponder, names: Sequence[str] | None = None, n: int | None = None, max_tokens: int = 0
+        self,
+        responder: OmniResponder,
+        names: Sequence[str] | None = None,
+        n: int | None = None,
+        max_tokens: int = MAX_TOKENS,
     ) -> dict[str, list[str]]:
         """Written answers to the papers (default: all), to the first n items of each (default: all)."""
         written = {}
         for name in names or self.papers:
             paper = self.papers[name] if n is None else self.papers[name].first(n)
-            written[name] = _texts(responder.answer_many(paper.asks, max_tokens=max_tokens or MAX_TOKENS))
+            written[name] = _texts(responder.answer_many(paper.asks, max_tokens=max_tokens))
         return written
 
     def talk(

@@ -83,13 +83,15 @@ class Lab:
         """Set -> what an ear that spells should write down."""
         return {name: self.plan.spelling(name) for name in self.plan.sets}
 
-    @functools.cache  # noqa: B019 - one lab lives as long as its process
-    def recordings(self, name: str) -> dict[str, list[int]]:
-        """Text -> its places in a set."""
-        places: dict[str, list[int]] = defaultdict(list)
-        for place, utterance in enumerate(self.plan.sets[name]):
-            places[utterance.text].append(place)
-        return dict(places)
+    @functools.cached_property
+    def recordings(self) -> dict[str, dict[str, list[int]]]:
+        """Set -> text -> its places, of the sets whose few texts are drawn by their words."""
+        found: dict[str, dict[str, list[int]]] = {}
+        for name in ("looked", "followed"):
+            places = found.setdefault(name, defaultdict(list))
+            for place, utterance in enumerate(self.plan.sets.get(name, ())):
+                places[utterance.text].append(place)
+        return found
 
     def seed(self, stage: str) -> int:
         """A number for a stage, from the world's seed and its name."""
@@ -106,5 +108,3 @@ class Lab:
     def batch(self, rows: Sequence[Rendered]) -> Batch:
         """Rows side by side."""
         return collate(rows, self.tokenizer.pad, self.recipe.model)
-
-    __hash__ = object.__hash__

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nexus.data.chat import SYSTEM, TASKS, Rendered, task_turns
 from nexus.data.stream import Buckets
-from nexus.demo.films import FPS, film_questions, film_talk
+from nexus.demo.films import FPS, film_questions, film_talk, films
 from nexus.demo.films import render as play
 from nexus.demo.lab import Lab
 from nexus.demo.manner import EMOTIONS, caption, draw, emotion_answer
@@ -91,12 +91,12 @@ def film_row(lab: Lab, rng: random.Random) -> Rendered:
 
 
 def dialogue_turns(
-    lab: Lab, dialogue: Dialogue, rng: random.Random, aloud: bool, answer: bool = True, recordings: str = "followed"
+    lab: Lab, dialogue: Dialogue, rng: random.Random, aloud: bool, answer: bool = True
 ) -> tuple[tuple[Turn, ...], str]:
     """The turns of a conversation of several, its last question spoken (`aloud`) or typed, and its words."""
     question: Audio | Text = Text(dialogue.question)
     if aloud:
-        question = lab.waves[recordings][rng.choice(lab.recordings(recordings)[dialogue.question])]
+        question = lab.waves["followed"][rng.choice(lab.recordings["followed"][dialogue.question])]
     talk: list[Turn] = []
     for number, (asked, told) in enumerate(dialogue.turns):
         seen = (Image(pixels=draw_picture(dialogue.scene)),) if dialogue.scene and number == 0 else ()
@@ -199,7 +199,7 @@ def _ask_about_picture(lab: Lab, rng: random.Random) -> Heard:
     """A picture and a spoken question about it."""
     index = rng.randrange(len(lab.scenes))
     item = rng.choice(picture_questions(lab.scenes[index], rng))
-    question = lab.waves["looked"][rng.choice(lab.recordings("looked")[item.question])]
+    question = lab.waves["looked"][rng.choice(lab.recordings["looked"][item.question])]
     return seen_and_heard(Image(pixels=lab.pictures[index]), question, item), item.question
 
 
@@ -214,8 +214,6 @@ def _follow_up(lab: Lab, rng: random.Random) -> Heard:
 
 def film_words() -> list[str]:
     """Sentences about films in which all their words occur, for the vocabulary of the tokenizer."""
-    from nexus.demo.films import films
-
     told = [film_talk(film) for film in films("train", 200, 0)]
     return [text for talk in told for ask in talk.asks for text in ask]
 

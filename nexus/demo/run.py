@@ -5,7 +5,6 @@ fixed once, in plan.json; with the same plan, thread count and waveforms a stage
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -20,26 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import nexus
 from nexus.errors import BadConfig, Busy
 from nexus.model.folder import load_weights
 from nexus.model.omni import OmniModel
 from nexus.progress import MemoryWatch, Progress
-from nexus.recipe import Recipe, StageConfig
+from nexus.recipe import Recipe, StageConfig, code_digest
 from nexus.train.loop import ALONE, Pace, bf16_is_faster, fit
 from nexus.train.parallel import Ranks
 from nexus.train.stage import freeze, frozen_digest
 
 MAX_THREADS = 8  # more do not help models of this size
-
-
-def source_digest() -> str:
-    """Digest of this package's code: results are comparable within one."""
-    root = Path(nexus.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass
@@ -60,7 +49,7 @@ class Run:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued."""
-        return {"recipe": self.recipe.fingerprint(), "minutes": self.minutes, "code": source_digest()}
+        return {"recipe": self.recipe.fingerprint(), "minutes": self.minutes, "code": code_digest()}
 
     @property
     def elapsed(self) -> float:

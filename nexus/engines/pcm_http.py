@@ -110,7 +110,7 @@ class PcmServer:
             headers["Authorization"] = f"Bearer {self._token}"
         with contextlib.ExitStack() as stack:
             try:
-                connection = self._connect()
+                connection = self.connect()
                 stack.callback(connection.close)
                 # A server that refuses stops listening before it was told all; its answer says why.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -147,7 +147,7 @@ class PcmServer:
         yield head
         yield from received
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def connect(self) -> http.client.HTTPConnection:
         seconds = self._timeouts.connect_seconds
         connection = (
             http.client.HTTPSConnection(self._host, self._port, timeout=seconds, context=ssl.create_default_context())
@@ -169,7 +169,7 @@ class PcmServer:
 
     def _check(self, response: http.client.HTTPResponse, where: str) -> None:
         if response.status != 200:
-            self._refuse_status(response, where)
+            self.refuse_status(response, where)
         kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
         if kind not in SOUND_TYPES:
             said = f"expected headerless PCM, given {_excerpt(kind.encode(), None)}"
@@ -182,7 +182,7 @@ class PcmServer:
                 "let the server, or the proxy before it, speak HTTP/1.1"
             )
 
-    def _refuse_status(self, response: http.client.HTTPResponse, where: str) -> NoReturn:
+    def refuse_status(self, response: http.client.HTTPResponse, where: str) -> NoReturn:
         said = f"expected status 200, given {response.status}"
         if 300 <= response.status < 400:
             target = (response.getheader("Location") or "nowhere").partition("?")[0]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from nexus.errors import BadConfig, BadRecord
-from nexus.eval.scores import paired_drop
-from nexus.eval.suites.marking import bleu_of, bootstrap, rate
+from nexus.eval.scores import bootstrap, paired_drop, rate
 from nexus.eval.suites.rows import read_jsonl
+from nexus.eval.suites.translation import bleu_of
 
 Item = Mapping[str, Any]
 Statistic = Callable[[np.ndarray], float | None]

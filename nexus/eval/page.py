@@ -1,13 +1,11 @@
 """report.html of an evaluation: scores with their intervals, groups, the worst items to listen to and look at."""
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nexus.eval.markup import escaped
 from nexus.eval.radar import MIN_SPOKES, radar
-from nexus.eval.report import Block, Cell, Report, Table, write_report
+from nexus.eval.report import Block, Cell, Drawing, Report, Table, write_report
 from nexus.eval.suites.tasks import Item, Suite
 from nexus.types import Audio, Image
 
@@ -27,25 +25,21 @@ def write_page(
         ("Intervals", f"95 % bootstrap, {card['resamples']} resamples, seed {card['seed']}"),
     ]
     by_suite = {suite.name: [item for item in items if item["suite"] == suite.name] for suite in suites}
-    sections = [(suite.name, tuple(_blocks(out, suite, report[suite.name], by_suite[suite.name]))) for suite in suites]
-    page = Report(
-        "Evaluation", _lead(report, suites), tuple(facts), (("Scores", (_scores(report, suites),)), *sections)
-    )
+    sections: list[tuple[str, tuple[Block, ...]]] = [
+        (suite.name, tuple(_blocks(out, suite, report[suite.name], by_suite[suite.name]))) for suite in suites
+    ]
+    scores: tuple[Block, ...] = (*_radar(report, suites), _scores(report, suites))
+    page = Report("Evaluation", _lead(report, suites), tuple(facts), (("Scores", scores), *sections))
     write_report(out / "report.html", page)
+
+
+def _radar(report: Mapping[str, Any], suites: Sequence[Suite]) -> tuple[Drawing, ...]:
+    """All suites on one chart, where there are enough to span an area."""
     shares = _shares(report, suites)
-    if len(shares) >= MIN_SPOKES:
-        _insert(out / "report.html", radar("Scores of all suites", list(shares), {"this run": list(shares.values())}))
-
-
-def _insert(path: Path, drawing: str) -> None:
-    """Put a drawing in front of the sections; the page escapes all text, so its own tags are found once."""
-    page = path.read_text(encoding="utf-8")
-    assert page.count("<main>\n") == 1, "the page has one main part"
-    note = escaped("Outside is better: accuracies, 1 - error rate (not below 0), BLEU / 100.")
-    figure = f'<figure><figcaption><h3>All suites</h3><p class="note">{note}</p></figcaption>\n{drawing}</figure>\n'
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(page.replace("<main>\n", f"<main>\n{figure}"), encoding="utf-8")
-    os.replace(part, path)
+    if len(shares) < MIN_SPOKES:
+        return ()
+    drawn = radar("Scores of all suites", list(shares), {"this run": list(shares.values())})
+    return (Drawing("All suites", "Outside is better: accuracies, 1 - error rate (not below 0), BLEU / 100.", drawn),)
 
 
 def _shares(report: Mapping[str, Any], suites: Sequence[Suite]) -> dict[str, float]:

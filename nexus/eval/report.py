@@ -49,7 +49,16 @@ class Table:
         assert set(self.bars) <= set(self.columns), f"table {self.title!r}: no column for bars {self.bars}"
 
 
-Block = Table | Curves
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that is drawn already; `svg` is trusted markup."""
+
+    title: str
+    note: str
+    svg: str
+
+
+Block = Table | Curves | Drawing
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ def _page(report: Report) -> str:
 def _section(anchor: str, heading: str, blocks: Sequence[Block]) -> str:
     parts = [f'<section id="{anchor}" aria-labelledby="{anchor}-h">\n<h2 id="{anchor}-h">{escaped(heading)}</h2>']
     numbered = enumerate(blocks, 1)
-    for is_plot, group in groupby(numbered, key=lambda pair: isinstance(pair[1], Curves)):
+    for is_plot, group in groupby(numbered, key=lambda pair: not isinstance(pair[1], Table)):
         figures = "\n".join(_figure(f"{anchor}-b{i}", block) for i, block in group)
         parts.append(f'<div class="plots">\n{figures}\n</div>' if is_plot else figures)
     return "\n".join([*parts, "</section>"])
@@ -118,7 +127,13 @@ def _section(anchor: str, heading: str, blocks: Sequence[Block]) -> str:
 def _figure(anchor: str, block: Block) -> str:
     note = f'<p class="note">{escaped(block.note)}</p>' if block.note else ""
     caption = f'<figcaption><h3 id="{anchor}">{escaped(block.title)}</h3>{note}</figcaption>'
-    body = _table(anchor, block) if isinstance(block, Table) else plot(block)
+    match block:
+        case Table():
+            body = _table(anchor, block)
+        case Curves():
+            body = plot(block)
+        case Drawing():
+            body = block.svg
     return f"<figure>{caption}\n{body}</figure>"
 
 

@@ -273,13 +273,13 @@ class JsonServer(PcmServer):
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         try:
-            with contextlib.closing(self._connect()) as connection:
+            with contextlib.closing(self.connect()) as connection:
                 # A server that refuses stops listening before it was told all; its answer says why.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     connection.request("POST", self._path + path, body, headers)
                 with contextlib.closing(connection.getresponse()) as response:
                     if response.status != 200:
-                        self._refuse_status(response, where)
+                        self.refuse_status(response, where)
                     data = response.read(MAX_REPLY_BYTES + 1)
                     if response.length and len(data) <= MAX_REPLY_BYTES:
                         raise http.client.IncompleteRead(data, response.length)

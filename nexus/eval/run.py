@@ -28,6 +28,7 @@ from nexus.eval.suites.rows import Journal
 from nexus.eval.suites.tasks import Item, Suite, suite_of, suites_of
 from nexus.media import load, write_wav
 from nexus.progress import Progress
+from nexus.recipe import code_digest
 from nexus.types import Audio, Sample
 
 RESERVED = ("schema", "card")
@@ -310,12 +311,3 @@ def _refuse_others(out: Path, mine: Mapping[str, Any], run: Mapping[str, Any]) -
 def _brief(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 160 else f"{text[:80]} … {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def code_digest() -> str:
-    """Digest of this package's code: a run is continued by the code that began it."""
-    root = Path(nexus.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]

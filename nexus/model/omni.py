@@ -18,7 +18,7 @@ from nexus.model.hearing import Hearing
 from nexus.model.internvit import InternViT
 from nexus.model.language import Language
 from nexus.model.vision import Vision
-from nexus.model.voice.delayed import DelayedVoice
+from nexus.model.voice.delayed import DelayedVoice, undelay
 from nexus.model.voice.speaking import Speaking
 from nexus.organs import CosyVoice2Config, FireFlyConfig, InternViTConfig, ModelConfig, RVQConfig, VisionConfig
 from nexus.types import IGNORE, Batch, Encoded, Script, Span, SpeechBatch
@@ -219,7 +219,7 @@ class Speaker:
         if not frames:
             return torch.zeros(books, 0, dtype=torch.long)
         delayed = torch.stack(self._columns[row][: frames + books - 1], dim=1)
-        return torch.stack([delayed[k, k : k + frames] for k in range(books)])
+        return undelay(nn.functional.pad(delayed, (0, 1))[None])[0]  # the column in which the first book would end
 
     @torch.no_grad()
     def sound(self, row: int) -> Float[Tensor, "W"]:

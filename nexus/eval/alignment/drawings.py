@@ -1,14 +1,12 @@
 """Clouds of points and groups of bars as SVG written by hand, in the colours and type of the report page."""
 
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from nexus.eval.markup import escaped, missing
 from nexus.eval.plots import NUM_COLOURS, Point
+from nexus.eval.report import Drawing
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 44, 468, 14, 262
@@ -46,26 +44,9 @@ def draw(drawing: Cloud | Bars) -> str:
             return _bars(drawing)
 
 
-def add_drawings(path: Path, headings: Mapping[str, Sequence[Cloud | Bars]]) -> None:
-    """Put drawings at the beginning of the sections with these headings of a written report page, which stays whole."""
-    page = path.read_text(encoding="utf-8")
-    for number, (heading, drawings) in enumerate(headings.items(), 1):
-        end = f">{escaped(heading)}</h2>\n"
-        assert page.count(end) == 1, f"the page must have one section {heading!r}, it has {page.count(end)}"
-        figures = "\n".join(_figure(f"d{number}-{i}", drawing) for i, drawing in enumerate(drawings, 1))
-        page = page.replace(end, f'{end}<div class="plots">\n{figures}\n</div>\n')
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _figure(anchor: str, drawing: Cloud | Bars) -> str:
-    note = f'<p class="note">{escaped(drawing.note)}</p>' if drawing.note else ""
-    caption = f'<figcaption><h3 id="{anchor}">{escaped(drawing.title)}</h3>{note}</figcaption>'
-    return f"<figure>{caption}\n{draw(drawing)}</figure>"
+def drawing(figure: Cloud | Bars) -> Drawing:
+    """A figure as a block of a report page."""
+    return Drawing(figure.title, figure.note, draw(figure))
 
 
 def _legend(names: Sequence[str]) -> str:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from nexus.eval.alignment.drawings import Bars, Cloud, add_drawings
+from nexus.eval.alignment.drawings import Bars, Cloud, drawing
 from nexus.eval.alignment.subjects import Features, Input
 from nexus.eval.alignment.views import NUM_CLUSTERS, View, clusters, principal_view
-from nexus.eval.report import Cell, Report, Table, write_report
+from nexus.eval.report import Block, Cell, Report, Table, write_report
 
 COLUMNS = ("cycle_knn", "mutual_knn", "lcs_knn", "cka", "cknna", "svcca", "edit_knn")  # in the order of the tables
 ALL_COLUMNS = (*COLUMNS, "cka_unbiased", "average")
@@ -20,15 +20,13 @@ def write_page(path: Path, report: Mapping[str, Any], features: Mapping[str, Fea
     """Write the page; `features` by role ("model", "baseline") are those that `report["align"]` measured."""
     scores = report["align"]
     subjects = {role: {**scores[role], "label": _label(scores, role)} for role in features}
-    by_layer = "Layer by layer"
-    views = {f"Views: {subjects[role]['label']}": _views(found) for role, found in features.items()}
-    sections = (
+    bars = [drawing(_bars(subjects, pool)) for pool in ("mean", "last")]
+    sections: tuple[tuple[str, tuple[Block, ...]], ...] = (
         ("Scores", (_unembedding(subjects), _embedding(subjects, "mean"), _embedding(subjects, "last"))),
-        (by_layer, tuple(_layers(subject) for subject in subjects.values())),
-        *((heading, ()) for heading in views),
+        ("Layer by layer", (*bars, *(_layers(subject) for subject in subjects.values()))),
+        *((f"Views: {subjects[role]['label']}", tuple(map(drawing, _views(f)))) for role, f in features.items()),
     )
     write_report(path, Report("Alignment of language and vision", _lead(scores), _facts(scores), sections))
-    add_drawings(path, {by_layer: [_bars(subjects, pool) for pool in ("mean", "last")], **views})
 
 
 def _label(scores: Mapping[str, Any], role: str) -> str:

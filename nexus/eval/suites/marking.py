@@ -5,17 +5,16 @@ Pure functions of a suite and its rows. A row is what stands in items.jsonl: {"i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sacrebleu.metrics.bleu import BLEU
 
-from nexus.eval.scores import RESAMPLES, SEED, accuracy
+from nexus.eval.scores import accuracy, bootstrap, rate
 from nexus.eval.suites.normalise import Language, error_counts, rate_name
 from nexus.eval.suites.synthesis import Utterance, score_synthesis
 from nexus.eval.suites.tasks import Item, Suite
-from nexus.eval.suites.translation import TOKENIZERS, bleu
+from nexus.eval.suites.translation import bleu, statistics
 
 Row = Mapping[str, Any]
 Mark = dict[str, Any]
@@ -60,33 +59,6 @@ def reply_of(row: Row, spoken: bool = False) -> str | None:
     return None if given is None else str(given)
 
 
-def bootstrap(columns: np.ndarray, statistic: Callable[[np.ndarray], float | None]) -> list[float] | None:
-    """95 % interval of a statistic of column sums over resampled rows; columns f64 [N, K].
-
-    Draws without a value (no reference unit) are left out. Row by row, so that memory does not grow with RESAMPLES.
-    """
-    values = [value for times in _draws(len(columns)) if (value := statistic(times @ columns)) is not None]
-    return [float(x) for x in np.quantile(values, (0.025, 0.975))] if values else None
-
-
-def _draws(num: int) -> Iterator[np.ndarray]:
-    """How often each of `num` items is drawn, RESAMPLES times, seeded."""
-    rng = np.random.default_rng(SEED)
-    for _ in range(RESAMPLES):
-        yield np.bincount(rng.integers(0, num, num), minlength=num).astype(np.float64)
-
-
-def rate(sums: np.ndarray) -> float | None:
-    """Errors over units; None without a unit."""
-    return float(sums[0] / sums[1]) if sums[1] else None
-
-
-def bleu_of(sums: np.ndarray) -> float | None:
-    """BLEU 0..100 of summed statistics; at most 100 in spite of rounding."""
-    row = [round(value) for value in sums.tolist()]
-    return min(100.0, float(BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score))
-
-
 def _right(suite: Suite, item: Item, row: Row) -> Mark:
     text = None if row["text"] is None else suite.is_right(item, row["text"])
     speech = None if row["heard"] is None else suite.is_right(item, row["heard"])
@@ -110,9 +82,7 @@ def _ngrams(item: Item, row: Row) -> Mark:
     reply = reply_of(row)
     if reply is None:
         return {"statistics": None}
-    # effective_order changes the score of a sentence, which is not used here, and spares a warning about it.
-    counted = BLEU(tokenize=TOKENIZERS[item.language], effective_order=True).sentence_score(reply, [item.reference])
-    return {"statistics": [*counted.counts, *counted.totals, counted.sys_len, counted.ref_len]}
+    return {"statistics": statistics([item.reference], [reply], item.language)[0].tolist()}
 
 
 def _accuracy(suite: Suite, rows: Sequence[Row], marked: Sequence[Mark]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jiwer
 import numpy as np
 
 from nexus.errors import BadConfig, BadRecord
-from nexus.eval.scores import RESAMPLES, SEED
+from nexus.eval.scores import rate_interval
 from nexus.text import DIGITS_ZH
 
 Language = Literal["en", "zh"]
@@ -112,22 +112,6 @@ def error_counts(references: Sequence[str], hypotheses: Sequence[str], language:
     errors = [sum(_size(chunk) for chunk in chunks if chunk.type != "equal") for chunks in alignments]
     units = [text.count(" ") + 1 if text else 0 for text in expected]
     return np.array([errors, units], dtype=np.int64).T
-
-
-def rate_interval(above: np.ndarray, below: np.ndarray) -> list[float]:
-    """95 % bootstrap interval (seeded) of sum(above) / sum(below) over resampled items, [N] each.
-
-    A draw whose `below` sums to 0 has no rate and is left out. Raises BadRecord where `below` is all 0.
-    """
-    if not below.any():
-        raise BadRecord(f"no interval: {len(below)} items hold nothing to divide by, expected at least 1; give more")
-    rng = np.random.default_rng(SEED)
-    num = len(below)
-    # Draw by draw: all at once they would take RESAMPLES times the memory of the test.
-    times = (np.bincount(rng.integers(0, num, num), minlength=num) for _ in range(RESAMPLES))
-    sums = ((drawn @ above, drawn @ below) for drawn in times)
-    rates = [over / under for over, under in sums if under]
-    return [float(x) for x in np.quantile(rates, (0.025, 0.975))]
 
 
 def rate_name(language: Language) -> str:

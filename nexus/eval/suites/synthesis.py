@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from nexus.errors import BadRecord
-from nexus.eval.suites.normalise import Language, error_counts, rate_interval, rate_name
+from nexus.eval.scores import rate_interval
+from nexus.eval.suites.normalise import Language, error_counts, rate_name
 from nexus.eval.suites.rows import read_lines
 
 PROTOCOLS: dict[Language, str] = {"en": "seedtts-en", "zh": "seedtts-zh+opencc"}

@@ -7,7 +7,7 @@ import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 
 from nexus.errors import BadRecord
-from nexus.eval.scores import RESAMPLES, SEED
+from nexus.eval.scores import bootstrap
 
 # Chinese writes no spaces: with 13a a whole sentence would be one word, right or wrong.
 TOKENIZERS = {"zh": "zh", "en": "13a"}
@@ -33,10 +33,11 @@ def bleu(references: Sequence[str], hypotheses: Sequence[str], target: Literal["
     metric = BLEU(tokenize=TOKENIZERS[target])
     score = metric.corpus_score(list(hypotheses), [list(references)])
     result = {"n": len(references), "signature": str(metric.get_signature())}
-    if not _statistics(references, references, target)[:, 3].any():
+    if not statistics(references, references, target)[:, 3].any():
         # Even the references themselves would score 0.
         return {"bleu": None, **result, "ci95": None, "reason": "no reference is as long as the 4 tokens BLEU needs"}
-    return {"bleu": _at_most_100(score.score), **result, "ci95": _interval(_statistics(references, hypotheses, target))}
+    interval = bootstrap(statistics(references, hypotheses, target), bleu_of)
+    return {"bleu": _at_most_100(score.score), **result, "ci95": interval}
 
 
 def _at_most_100(score: float) -> float:
@@ -44,7 +45,7 @@ def _at_most_100(score: float) -> float:
     return min(score, 100.0)
 
 
-def _statistics(references: Sequence[str], hypotheses: Sequence[str], target: str) -> np.ndarray:
+def statistics(references: Sequence[str], hypotheses: Sequence[str], target: str) -> np.ndarray:
     """Matches of n-grams 1..4, their possible number 1..4, length and reference length of each sentence, [N, 10].
 
     Corpus BLEU is a function of their sums, so resampling needs no second counting.
@@ -55,10 +56,7 @@ def _statistics(references: Sequence[str], hypotheses: Sequence[str], target: st
     return np.array([[*score.counts, *score.totals, score.sys_len, score.ref_len] for score in scores])
 
 
-def _interval(statistics: np.ndarray) -> list[float]:
-    """95 % bootstrap interval of BLEU over resampled sentences; statistics [N, 10]."""
-    rng = np.random.default_rng(SEED)
-    num_sentences = len(statistics)
-    drawn = [statistics[rng.integers(0, num_sentences, num_sentences)].sum(0).tolist() for _ in range(RESAMPLES)]
-    scores = [BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score for row in drawn]
-    return [_at_most_100(float(x)) for x in np.quantile(scores, (0.025, 0.975))]
+def bleu_of(sums: np.ndarray) -> float:
+    """BLEU 0..100 of summed statistics [10]; at most 100 in spite of rounding."""
+    row = [round(value) for value in sums.tolist()]
+    return _at_most_100(float(BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score))
