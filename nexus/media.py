@@ -65,14 +65,14 @@ def load_audio(source: Source, rate_hz: int = 16_000, limits: Limits = DEFAULT) 
     """
     assert rate_hz > 0
     with open_source(source, "sound", limits) as (file, name):
-        sound = _open_sound(file, name)
-        _check_declared_sound(sound, name, limits)
+        sound = open_sound(file, name)
+        check_declared_sound(sound, name, limits)
         resampler, pieces, frames = StreamResampler(sound.rate_hz, rate_hz), [], 0
         for block in sound.blocks:
             frames += len(block)
             if frames > limits.max_audio_seconds * sound.rate_hz:
                 refuse_long(name, "sound", f"more than {frames / sound.rate_hz:.1f} s", limits.max_audio_seconds)
-            _check_values(block, name, limits)
+            check_values(block, name, limits)
             pieces.append(resampler.push(block.mean(axis=1, dtype=np.float32)))
         pieces.append(resampler.finish())
     if sound.seconds is not None and frames / sound.rate_hz < sound.seconds - MISSING_SECONDS:
@@ -82,7 +82,7 @@ def load_audio(source: Source, rate_hz: int = 16_000, limits: Limits = DEFAULT) 
     return Audio(path=path, samples=np.concatenate(pieces), rate_hz=rate_hz)
 
 
-def _open_sound(file: BinaryIO, name: str) -> _Sound:
+def open_sound(file: BinaryIO, name: str) -> _Sound:
     head = file.read(12)
     if head[:4] == b"OggS":
         _check_last_ogg_page(file, name)
@@ -139,7 +139,7 @@ def _open_with_ffmpeg(file: BinaryIO, head: bytes, name: str) -> _Sound:
     return _Sound(stream.rate, stream.channels, declared_seconds(container, stream, head), blocks())
 
 
-def _check_declared_sound(sound: _Sound, name: str, limits: Limits) -> None:
+def check_declared_sound(sound: _Sound, name: str, limits: Limits) -> None:
     if not limits.min_rate_hz <= sound.rate_hz <= limits.max_rate_hz:
         expected = f"{limits.min_rate_hz:,} to {limits.max_rate_hz:,} (min_rate_hz, max_rate_hz)"
         raise BadMedia(f"{name}: {sound.rate_hz:,} samples per second, expected {expected}; export it again")
@@ -149,7 +149,7 @@ def _check_declared_sound(sound: _Sound, name: str, limits: Limits) -> None:
         refuse_long(name, "sound", f"{sound.seconds:.1f} s", limits.max_audio_seconds)
 
 
-def _check_values(samples: np.ndarray, name: str, limits: Limits) -> None:
+def check_values(samples: np.ndarray, name: str, limits: Limits) -> None:
     peak = float(np.abs(samples).max(initial=0.0))
     if not math.isfinite(peak):
         raise BadMedia(f"{name}: holds samples that are not finite numbers (NaN or infinity); export it again")
@@ -228,7 +228,7 @@ def load(part: Part, limits: Limits = DEFAULT, rate_hz: int = 16_000, fps: float
             _check_short("sound", len(samples), part.rate_hz, limits)
             if part.seconds > limits.max_audio_seconds:
                 refuse_long("sound", "sound", f"{part.seconds:.1f} s", limits.max_audio_seconds)
-            _check_values(samples, "sound", limits)
+            check_values(samples, "sound", limits)
             return replace(part, samples=resample(samples, part.rate_hz, rate_hz), rate_hz=rate_hz)
         case Image(pixels=np.ndarray() as pixels):
             _check_array("picture", pixels, np.uint8, "H W 3")

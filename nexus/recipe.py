@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, Tag, ValidationError
+from pydantic import Field, Tag, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from nexus.errors import BadConfig
 from nexus.organs import Count, ModelConfig, Natural, Positive, Share, Strict
+from nexus.training import DataConfig, EngineConfig, GateConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -45,8 +46,8 @@ class OptimConfig(Strict):
 class StageConfig(Strict):
     """One training stage: which parameters, on which mixture, for how long.
 
-    `seconds` is the wall-clock budget at scale 1; the demo turns it into a fixed number of steps after measuring
-    its speed, never fewer than min_steps.
+    `steps` or `epochs` fix its length. Without them `seconds` is the wall-clock budget at scale 1: it becomes a fixed
+    number of steps once the speed is measured, never fewer than min_steps.
     """
 
     name: str
@@ -59,6 +60,14 @@ class StageConfig(Strict):
     checkpointing: bool = False  # compute activations again in the backward pass: less memory, a third more work
     seconds: Annotated[float, Field(ge=0)]
     min_steps: Count = 100
+    steps: Count | None = None
+    epochs: Positive | None = None  # passes over the data of the stage
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"stage {self.name} has steps {self.steps} and epochs {self.epochs}; give one of them")
+        return self
 
 
 class WorldConfig(Strict):
@@ -124,7 +133,7 @@ class CheckpointsConfig(Strict):
 
 
 class Recipe(Strict):
-    """A whole system: organs, stand-ins (stage 0), the three stages, and the data of the demo."""
+    """A whole system: organs, stand-ins (stage 0), the three stages, how they are trained, and the data of the demo."""
 
     name: str
     description: str = ""
@@ -135,6 +144,9 @@ class Recipe(Strict):
     tokenizer: TokenizerConfig = TokenizerConfig()
     standins: tuple[StageConfig, ...] = ()  # stage 0: stands for published checkpoints, never Nexus training
     stages: tuple[StageConfig, ...] = ()
+    data: DataConfig = DataConfig()
+    engine: EngineConfig = EngineConfig()
+    gate: GateConfig | None = None
     world: WorldConfig | None = None
     minutes: Positive = 14.5  # of the whole demo, to which the stages' seconds belong
 
@@ -158,13 +170,13 @@ class Recipe(Strict):
         """
         path = find_recipe(source)
         try:
-            tree = _read_yaml(path.read_text(encoding="utf-8"))
+            tree = read_yaml(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise BadConfig(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
         if not isinstance(tree, dict):
             raise BadConfig(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-        for override in overrides:
-            _override(tree, override, cls, str(path))
+        for change in overrides:
+            override(tree, change, cls, str(path))
         return validate(cls, tree, str(path))
 
 
@@ -177,7 +189,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> Any:
+    """The tree of a YAML text, safe, with numbers as in YAML 1.2. Raises yaml.YAMLError."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -289,14 +302,14 @@ def _did_you_mean(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _override(tree: dict[str, Any], override: str, cls: type[Strict], where: str) -> None:
-    """Apply `a.b=value` in place; list items are named by index or by their `name`."""
-    dotted, equals, text = override.partition("=")
+def override(tree: dict[str, Any], change: str, cls: type[Strict], where: str) -> None:
+    """Apply the change `a.b=value` in place; list items are named by index or by their `name`."""
+    dotted, equals, text = change.partition("=")
     if not equals or not all(dotted.split(".")):
-        raise BadConfig(f"--set {override}: expected KEY=VALUE, for example world.heard=1000")
+        raise BadConfig(f"--set {change}: expected KEY=VALUE, for example world.heard=1000")
     keys = dotted.split(".")
     try:
-        value = _read_yaml(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise BadConfig(f"--set {dotted}: {text!r} is no YAML value: {' '.join(str(error).split())}") from None
     at: Any = tree

@@ -104,7 +104,10 @@ def test_similarity_is_the_mean_cosine_whatever_the_lengths() -> None:
     score = speaker_similarity(prompts, spoken)
     assert score["similarity"] == pytest.approx(0.0)
     assert score["n"] == 3
-    assert speaker_similarity(prompts[:1], spoken[:1]) == {"similarity": 1.0, "n": 1, "ci95": [1.0, 1.0]}
+    alone = speaker_similarity(prompts[:1], spoken[:1])
+    assert alone == {"similarity": 1.0, "similarity_of_given": 1.0, "n": 1, "ci95": [1.0, 1.0]}
+    with_missing = speaker_similarity(prompts[:1], spoken[:1], missing=3)
+    assert with_missing["similarity"] == 0.25 and with_missing["n"] == 4
 
 
 @pytest.mark.parametrize(
