@@ -350,6 +350,7 @@ def test_several_suites_of_one_file_share_a_report_with_a_radar(
     report = evaluate(f"openai:{server.url}#m", suite, None, tmp_path / "out")
     assert (report["some"]["n"], report["all"]["n"], report["digits"]["accuracy"]) == (3, 5, 1 / 3)
     page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("As published") == 2 and "67.33" in page and "this run" in page
     assert "Scores of all suites. this run: some 0.000, all 0.000, digits 0.333" in page
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nexus.eval.published import beside
 from nexus.eval.radar import MIN_SPOKES, radar
 from nexus.eval.report import Block, Cell, Drawing, Report, Table, write_report
 from nexus.eval.suites.tasks import Item, Suite
@@ -97,6 +98,9 @@ def _blocks(out: Path, suite: Suite, scores: Mapping[str, Any], items: Sequence[
         rows = tuple((name, *(group.get(key) for key in names)) for name, group in groups.items())
         bars = tuple(name for name in names if name in ("accuracy", "wer", "cer"))
         yield Table(f"By {'group' if suite.groups == 'groups' else suite.groups}", "", ("name", *names), rows, bars)
+    published = beside(scores, suite.protocol)
+    if published is not None:
+        yield published
     yield _worst(out, suite, items)
 
 
@@ -108,7 +112,7 @@ def _worst(out: Path, suite: Suite, items: Sequence[Mapping[str, Any]]) -> Table
     for i in ranked:
         item, row = suite.items[i], items[i]
         spoken = None if row["audio"] is None else Audio(path=out / row["audio"])
-        asked: Cell = None if item.excerpt else _of(item, Audio)
+        asked: Cell = None if item.excerpt or item.noise else _of(item, Audio)
         picture: tuple[Cell, ...] = (_of(item, Image),) if with_picture else ()
         words = "no answer" if row["missing"] else row["text"]
         rows.append((item.id, *picture, asked, item.reference, words, spoken, row["heard"], _mark(row)))

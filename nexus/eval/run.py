@@ -14,7 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import nexus
 from nexus.errors import BadConfig, Busy
@@ -25,11 +27,15 @@ from nexus.eval.responders import MAX_TOKENS, ROWS, Answer, Responder, responder
 from nexus.eval.scores import RESAMPLES, SEED, accuracy
 from nexus.eval.suites.marking import Row, marks, reply_of, score
 from nexus.eval.suites.rows import Journal
+from nexus.eval.suites.synthesis import speaker_similarity
 from nexus.eval.suites.tasks import Item, Suite, suite_of, suites_of
 from nexus.media import load, write_wav
 from nexus.progress import Progress
 from nexus.recipe import code_digest
 from nexus.types import Audio, Sample
+
+if TYPE_CHECKING:
+    from nexus.engines.speaker import SpeakerModel  # brings transformers, which only speaker similarity needs
 
 RESERVED = ("schema", "card")
 
@@ -43,6 +49,7 @@ class Examination:
     recogniser: Recogniser | None
     judge_name: str | None
     rows: int
+    speaker: "SpeakerModel | None" = None
 
     def card(self) -> dict[str, Any]:
         """What the scores depend on: equal cards and equal answers give equal reports."""
@@ -50,6 +57,7 @@ class Examination:
             "responder": dict(self.responder.identity),
             "recogniser": None if self.recogniser is None else self.recogniser.id,
             "judge": self.judge_name,
+            "speaker": None if self.speaker is None else self.speaker.id,
             "seed": SEED,
             "resamples": RESAMPLES,
             "suites": {
@@ -68,6 +76,7 @@ def evaluate(
     split: str | None = None,
     recogniser: str | None = None,
     judge: str | None = None,
+    speaker: Path | None = None,
     rows: int = ROWS,
     max_tokens: int = MAX_TOKENS,
     device: str = "cpu",
@@ -83,9 +92,11 @@ def evaluate(
     suites = _suites(suite, data, split, limit)
     ear = None if recogniser is None else recogniser_of(recogniser, token)
     _check_ear(suites, ear)
+    listener = None if speaker is None else _speaker_model(speaker)
+    _check_speaker(suites, listener)
     examined = responder_of(responder, rows=rows, max_tokens=max_tokens, device=device, token=token)
     _check_ids(suites, examined)
-    examination = Examination(examined, suites, ear, judge, rows)
+    examination = Examination(examined, suites, ear, judge, rows, listener)
     referee = None if judge is None else Judge(judge, out / "judgements.jsonl", token)
     named = {"responder": responder, "suite": suite, "data": None if data is None else str(data)}
     with Progress() if progress is None else progress as shown, _opened(out, examination.card(), named) as folder:
@@ -102,6 +113,8 @@ def _examine(examination: Examination, judge: Judge | None, folder: "_Folder", p
         report[suite.name] = score(suite, rows, marked)
         if judge is not None and suite.metric == "accuracy":
             report[suite.name]["judge"] = _judged(rows, judge)
+        if examination.speaker is not None and suite.metric == "seed_tts":
+            report[suite.name]["speaker"] = _same_voice(suite, rows, examination.speaker, folder.path)
         items += [
             {**_head(suite, item), **row, **mark} for item, row, mark in zip(suite.items, rows, marked, strict=True)
         ]
@@ -185,6 +198,33 @@ def _judged(rows: Sequence[Row], judge: Judge) -> dict[str, Any]:
     """The judge's score: what it left undecided, and what there was no answer to, is wrong."""
     verdicts = [row["verdict"] for row in rows]
     return {**accuracy([bool(verdict) for verdict in verdicts]), "undecided": verdicts.count(None), "id": judge.id}
+
+
+def _same_voice(suite: Suite, rows: Sequence[Row], speaker: "SpeakerModel", out: Path) -> dict[str, Any]:
+    """How alike the voices of prompts and of what was spoken are. Null, with the reason, where nothing was spoken."""
+    spoken = [(item.prompt, out / row["audio"]) for item, row in zip(suite.items, rows, strict=True) if row["audio"]]
+    if not spoken:
+        return {"similarity": None, "n": len(rows), "ci95": None, "reason": "no answer has a sound", "id": speaker.id}
+    prompts, said = (
+        np.stack([speaker.embed(Audio(path=path)) for path in paths]) for paths in zip(*spoken, strict=True)
+    )
+    return {**speaker_similarity(prompts, said, len(rows) - len(spoken)), "id": speaker.id}
+
+
+def _speaker_model(folder: Path) -> "SpeakerModel":
+    from nexus.engines.speaker import SpeakerModel
+
+    return SpeakerModel(folder)
+
+
+def _check_speaker(suites: Sequence[Suite], speaker: "SpeakerModel | None") -> None:
+    if speaker is None:
+        return
+    wanted = [suite for suite in suites if suite.metric == "seed_tts"]
+    if not wanted:
+        raise BadConfig("--speaker-model compares voices in the suite seed_tts, which is not asked for; leave it out")
+    for item in (item for suite in wanted for item in suite.items if item.prompt is None):
+        raise BadConfig(f"item {item.id}: its line names no prompt to compare voices with; leave out --speaker-model")
 
 
 def _suites(suite: str, data: Path | None, split: str | None, limit: int | None) -> list[Suite]:

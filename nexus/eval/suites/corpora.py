@@ -17,7 +17,8 @@ from nexus.text import is_chinese
 Language = Literal["en", "zh"]
 FLEURS_COLUMNS = ("id", "file_name", "raw_transcription", "transcription", "characters", "num_samples", "gender")
 COVOST_DIRECTIONS = {"zh_en": "covost_v2.zh-CN_en", "en_zh": "covost_v2.en_zh-CN"}
-CLIP_KEYS = {"id", "audio", "text", "language", "scenario"}
+# The last five are what `nexus synth testset` writes beside them; scores do not depend on them.
+CLIP_KEYS = {"id", "audio", "text", "language", "scenario", "duration", "speaker", "snr", "source", "licence"}
 
 
 @dataclass(frozen=True)

@@ -86,20 +86,23 @@ def score_synthesis(
     }
 
 
-def speaker_similarity(prompts: np.ndarray, spoken: np.ndarray) -> dict[str, object]:
+def speaker_similarity(prompts: np.ndarray, spoken: np.ndarray, missing: int = 0) -> dict[str, object]:
     """Mean cosine of speaker embeddings of prompts and of what was spoken, f [N, D] each, row by row.
 
-    Gives `similarity` (-1 .. 1), `n` and `ci95`. The embeddings come from a model of the user's: the published numbers
-    are WavLM-large's. Raises BadRecord for shapes that differ, no rows, and rows that are not finite or all zero.
+    Gives `similarity` (-1 .. 1) in which `missing` outputs count 0, `similarity_of_given` without them, `n` (all) and
+    `ci95`. The embeddings come from a model of the user's: the published numbers are WavLM-large's. Raises BadRecord
+    for shapes that differ, no rows, and rows that are not finite or all zero.
     """
     if prompts.ndim != 2 or prompts.shape != spoken.shape or not len(prompts):
         raise BadRecord(
             f"speaker similarity needs embeddings [N, D] of equal shape with a row, got {list(prompts.shape)} for "
             f"prompts and {list(spoken.shape)} for what was spoken; give one row each for every utterance"
         )
-    cosine = (_unit_rows(prompts, "prompts") * _unit_rows(spoken, "what was spoken")).sum(1)
+    given = (_unit_rows(prompts, "prompts") * _unit_rows(spoken, "what was spoken")).sum(1)
+    cosine = np.concatenate([given, np.zeros(missing)])
     return {
         "similarity": float(cosine.mean()),
+        "similarity_of_given": float(given.mean()),
         "n": len(cosine),
         "ci95": rate_interval(cosine, np.ones(len(cosine))),
     }

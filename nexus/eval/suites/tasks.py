@@ -8,7 +8,6 @@ import difflib
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,9 +16,11 @@ from typing import Any, Literal
 import yaml
 
 from nexus.data.chat import TASKS
+from nexus.data.folders import DIGITS, recordings
 from nexus.errors import BadConfig, BadRecord
 from nexus.eval.suites import corpora, questions, synthesis
 from nexus.eval.suites.corpora import Clip, Language
+from nexus.eval.suites.noisy import HELD_OUT_NOISE, LEVELS_DB, NOISE_FOLDER, Noise, levels
 from nexus.eval.suites.normalise import error_counts
 from nexus.eval.suites.questions import Question
 from nexus.eval.suites.rows import read_jsonl, text_of
@@ -27,7 +28,7 @@ from nexus.media import load_audio
 from nexus.organs import Count, Strict
 from nexus.recipe import validate
 from nexus.source import Limits
-from nexus.text import ONES, is_chinese, normalise_en
+from nexus.text import is_chinese, normalise_en
 from nexus.types import Audio, Image, Part, Sample, Text, Turn
 
 Metric = Literal["accuracy", "error_rate", "seed_tts", "bleu"]
@@ -37,8 +38,6 @@ TRANSLATE = {
     "zh_en": "Please translate this speech into English. ",
     "en_zh": "Please translate this speech into Chinese. ",
 }
-DIGITS = ONES[:10]
-DIGIT_FILE = re.compile(r"([0-9])_(.+)_([0-9]+)\.wav")
 USUAL_TEST_INDICES = range(5)  # of the Free Spoken Digit Dataset, for every digit and speaker
 AIR_BENCH = (  # as published with its foundation benchmark
     "Choose the most suitable answer from options A, B, C, and D to respond the question in next line, you may only "
@@ -46,18 +45,29 @@ AIR_BENCH = (  # as published with its foundation benchmark
 )
 TRI_KEYS = {"id", "image", "audio", "text", "question"}
 LONG = Limits(max_audio_seconds=6 * 3600.0, max_file_bytes=2**31)  # recordings of which only excerpts are meant
-SUITES = ("llama_questions", "digits", *corpora.ASR, "covost2", "seed_tts", "voicebench", "air_bench", "tri")
+SUITES = (
+    "llama_questions",
+    "digits",
+    *corpora.ASR,
+    "robustness",
+    "covost2",
+    "seed_tts",
+    "voicebench",
+    "air_bench",
+    "tri",
+)
 
 
 class SuiteConfig(Strict):
     """One suite of a FILE.yaml. `data` is relative to the file; `split` as the corpus names it; normalisers by
-    language, `instruction` behind the sound, `limit` the first so many items."""
+    language, `instruction` behind the sound, `noise` a folder relative to the data, `limit` the first so many items."""
 
     kind: str
     data: str | None = None
     split: str | None = None
     normalisers: dict[Language, str] | None = None
     instruction: str | None = None
+    noise: str | None = None
     limit: Count | None = None
 
 
@@ -70,7 +80,7 @@ class SuitesConfig(Strict):
 @dataclass(frozen=True, eq=False)
 class Item:
     """What is asked (`turns`, media not loaded), what is right, and to which group (speaker, scenario) it belongs.
-    `excerpt` (begin, end) in seconds of the sound that is meant."""
+    `excerpt` (begin, end) in seconds of the sound that is meant, `noise` what it is heard in."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -78,18 +88,22 @@ class Item:
     group: str = ""
     language: Language = "en"
     excerpt: tuple[float, float] | None = None
+    noise: Noise | None = None
+    prompt: Path | None = None  # whose voice is to be heard in the answer
 
     @property
     def media(self) -> list[Path]:
-        """The files that are asked about."""
+        """The files that are asked about, and the noise."""
         parts = [part for turn in self.turns for part in turn.parts if not isinstance(part, Text)]
-        return [part.path for part in parts if part.path is not None]
+        noises = [self.noise.path] if self.noise else []
+        return [*(part.path for part in parts if part.path is not None), *noises]
 
     def sample(self) -> Sample:
-        """The item as a responder gets it: without reference; an excerpt is cut out here."""
-        if self.excerpt is None:
+        """The item as a responder gets it: without reference; an excerpt is cut out here, noise is mixed in."""
+        if self.excerpt is None and self.noise is None:
             return Sample(self.id, "", self.turns)
-        turns = tuple(replace(turn, parts=tuple(self._cut(part) for part in turn.parts)) for turn in self.turns)
+        heard = self._cut if self.noise is None else self.noise.around
+        turns = tuple(replace(turn, parts=tuple(heard(part) for part in turn.parts)) for turn in self.turns)
         return Sample(self.id, "", turns)
 
     def _cut(self, part: Part) -> Part:
@@ -133,7 +147,8 @@ class Suite:
         digest = hashlib.sha256()
         for item in self.items:
             words = [part.text for turn in item.turns for part in turn.parts if isinstance(part, Text)]
-            row = [item.id, words, item.reference, item.group, item.language, item.excerpt]
+            row: list[Any] = [item.id, words, item.reference, item.group, item.language, item.excerpt]
+            row += [] if item.noise is None else [item.noise.snr_db]
             digest.update(json.dumps(row).encode())
         for path in dict.fromkeys(path for item in self.items for path in item.media):
             with path.open("rb") as file:
@@ -190,6 +205,8 @@ def suite_of(name: str, config: SuiteConfig, data: Path) -> Suite:
             suite = _llama_questions(config, data)
         case "digits":
             suite = _digits(config, data)
+        case "robustness":
+            suite = _robustness(config, data)
         case "covost2":
             suite = _covost2(config, data)
         case "seed_tts":
@@ -238,7 +255,7 @@ def _asked(*parts: Part) -> tuple[Turn, ...]:
 
 def _only(config: SuiteConfig, kind: str, *allowed: str) -> None:
     """Refuse settings that this kind has no use for: they would be said in vain."""
-    for key in ("split", "normalisers", "instruction"):
+    for key in ("split", "normalisers", "instruction", "noise"):
         if key not in allowed and getattr(config, key) is not None:
             raise BadConfig(f"suite {kind}: has no {key}, given {getattr(config, key)!r}; leave it out")
 
@@ -295,17 +312,10 @@ def _digits(config: SuiteConfig, data: Path) -> Suite:
     if config.split not in (None, "all", "test"):
         raise BadConfig(f"suite digits: split is {config.split!r}, expected all or test (index 0 to 4)")
     instruction = TASKS["asr"].instruction if config.instruction is None else config.instruction
-    named = [(match, path) for path in data.glob("*.wav") if (match := DIGIT_FILE.fullmatch(path.name))]
-    if not named:
-        what = "holds no such file" if data.is_dir() else "is no folder"
-        raise BadRecord(f"{data}: {what}, expected {{digit}}_{{speaker}}_{{index}}.wav; name the folder of the sounds")
-    # By index first, so that the first items of a limited run cover all digits and speakers.
-    chosen = sorted((int(match[3]), match[1], match[2], path) for match, path in named)
-    if config.split == "test":
-        chosen = [row for row in chosen if row[0] in USUAL_TEST_INDICES]
     items = [
-        Item(path.stem, _asked(Audio(path=path), Text(instruction)), DIGITS[int(digit)], speaker)
-        for _, digit, speaker, path in chosen
+        Item(one.id, _asked(Audio(path=one.path), Text(instruction)), one.word, one.speaker)
+        for one in recordings(data).members
+        if config.split != "test" or one.index in USUAL_TEST_INDICES
     ]
     protocol = {
         "rule": "digit/1",
@@ -349,6 +359,23 @@ def _of_clip(clip: Clip, instruction: str, reference: str) -> Item:
     return Item(clip.id, turns, reference, clip.group, clip.language, clip.excerpt)
 
 
+def _robustness(config: SuiteConfig, data: Path) -> Suite:
+    """Sentences as `sentences` or a manifest gives them, once as recorded and once at each level of noise."""
+    _only(config, "robustness", "normalisers", "instruction", "noise")
+    instruction = TASKS["asr"].instruction if config.instruction is None else config.instruction
+    has_table = (data / "transcripts.tsv").is_file()
+    clips = corpora.ASR["sentences" if has_table else "asr"](data, None)
+    folder = data / (config.noise or NOISE_FOLDER) if data.is_dir() else data.parent / (config.noise or NOISE_FOLDER)
+    items = [
+        replace(_of_clip(clip, instruction, clip.text), id=f"{clip.id}/{level}", group=level, noise=noise)
+        for clip in clips
+        for level, noise in levels(clip.id, folder)
+    ]
+    protocol = {"instruction": instruction, "split": None, "noise": HELD_OUT_NOISE, "levels_db": list(LEVELS_DB)}
+    normalisers = _normalisers(config, NORMALISERS, items)
+    return Suite("", "error_rate", tuple(items), protocol | {"normalisers": normalisers}, groups="levels")
+
+
 def _covost2(config: SuiteConfig, data: Path) -> Suite:
     _only(config, "covost2", "split")
     items = [
@@ -367,7 +394,10 @@ def _seed_tts(config: SuiteConfig, data: Path) -> Suite:
     languages: set[Language] = {"zh" if is_chinese(row.text) else "en" for row in rows}
     if len(languages) > 1:
         raise BadRecord(f"{data}: expected sentences of one language, given English and Chinese ones; split the list")
-    items = [Item(row.id, _asked(Text(row.text, aloud=True)), row.text, language=min(languages)) for row in rows]
+    items = [
+        Item(row.id, _asked(Text(row.text, aloud=True)), row.text, language=min(languages), prompt=row.prompt)
+        for row in rows
+    ]
     protocol = {"voice": "the responder's own; the prompt's is not cloned"}
     normalisers = _normalisers(config, synthesis.PROTOCOLS, items)
     return Suite("", "seed_tts", tuple(items), protocol | {"normalisers": normalisers}, form="speech")
