@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nexus.errors import NexusError
 from nexus.recipe import OptimConfig
-from nexus.train.parallel import Ranks
+from nexus.train.parallel import Ranks, whole
 from nexus.train.stage import optimizers
 
 ALONE = Ranks()
@@ -71,22 +71,9 @@ def fit(
     `planned` is told the number of steps as soon as it is fixed. Everything a step depends on must follow from its
     number, so that the same plan gives the same weights. Raises NexusError on a loss that is not finite.
     """
-    movers = optimizers(parameters, optim)
     curve: list[dict[str, int | float]] = []
-    begun = time.perf_counter()
-    probe = begun
-    step = 0
-    while pace.steps is None or step < pace.steps:
-        if pace.steps is None and step == 5:
-            probe = time.perf_counter()
-        if pace.steps is None and step == PROBE_STEPS:
-            pace.steps = ranks.agree(pace.decide((PROBE_STEPS - 5) / (time.perf_counter() - probe)))
-        if pace.steps is not None and watch.total is None:
-            watch.total = pace.steps
-            planned(pace.steps)
-        factor = rate_factor(step, pace.steps, optim)
-        for group in (group for mover in movers for group in mover.param_groups):
-            group["lr"] = group["rate"] * factor
+
+    def gradients(step: int) -> dict[str, Tensor]:
         with torch.autocast("cpu", torch.bfloat16) if bf16 else contextlib.nullcontext():
             numbers = losses(step)
         total = numbers["loss"]
@@ -98,15 +85,75 @@ def fit(
             parameter.grad = None
         total.backward()
         ranks.average(parameters.values())
-        nn.utils.clip_grad_norm_(list(parameters.values()), optim.clip_norm)
+        return numbers
+
+    def note(done: Done) -> None:
+        watch.advance(1, loss=float(done.numbers["loss"].detach()))
+        if done.steps % 20 == 0 or done.steps == pace.steps:
+            row = {name: float(value.detach()) for name, value in done.numbers.items()}
+            curve.append({"step": done.steps, "seconds": done.seconds, "rate": optim.rate * done.factor, **row})
+
+    def fixed(steps: int) -> None:
+        if watch.total is None:
+            watch.total = steps
+            planned(steps)
+
+    descend(parameters, optimizers(parameters, optim), optim, gradients, pace, note, fixed, ranks)
+    return curve
+
+
+@dataclass(frozen=True)
+class Done:
+    """A step that was taken: how many there are now, what `gradients` gave, the norm of the gradient before clipping,
+    the factor on the rate, and seconds since the loop began."""
+
+    steps: int
+    numbers: dict[str, Tensor]
+    norm: Tensor
+    factor: float
+    seconds: float
+
+
+def descend(
+    parameters: dict[str, nn.Parameter],
+    movers: Sequence[torch.optim.Optimizer],
+    optim: OptimConfig,
+    gradients: Callable[[int], dict[str, Tensor]],
+    pace: Pace,
+    note: Callable[[Done], None],
+    fixed: Callable[[int], None],
+    ranks: Ranks = ALONE,
+    first: int = 0,
+) -> None:
+    """Steps `first` .. pace.steps - 1: `gradients(step)` leaves the mean gradient of all ranks in the parameters, which
+    are clipped and moved; `note` hears of every step, `fixed` of their number once it is known.
+
+    Raises NexusError for a gradient that is not finite, before anything is moved.
+    """
+    begun = time.perf_counter()
+    probe = begun
+    step = first
+    while pace.steps is None or step < pace.steps:
+        if pace.steps is None and step == first + 5:
+            probe = time.perf_counter()
+        if pace.steps is None and step >= PROBE_STEPS and step > first + 5:
+            pace.steps = ranks.agree(pace.decide((step - first - 5) / (time.perf_counter() - probe)))
+        if pace.steps is not None:
+            fixed(pace.steps)
+        factor = rate_factor(step, pace.steps, optim)
+        for group in (group for mover in movers for group in mover.param_groups):
+            group["lr"] = group["rate"] * factor
+        numbers = gradients(step)
+        norm = nn.utils.clip_grad_norm_(list(parameters.values()), optim.clip_norm)
+        norm = whole(norm)
+        if not bool(torch.isfinite(norm)):
+            raise NexusError(
+                f"the gradient has norm {float(norm)} at step {step}; lower optim.rate or look at the data of this step"
+            )
         for mover in movers:
             mover.step()
         step += 1
-        watch.advance(1, loss=float(total.detach()))
-        if step % 20 == 0 or step == pace.steps:
-            row = {name: float(value.detach()) for name, value in numbers.items()}
-            curve.append({"step": step, "seconds": time.perf_counter() - begun, "rate": optim.rate * factor, **row})
-    return curve
+        note(Done(step, numbers, norm, factor, time.perf_counter() - begun))
 
 
 def bf16_is_faster() -> bool:

@@ -6,15 +6,17 @@ of a small model are too short to be worth sharing.
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch._C._distributed_c10d import FileStore
+from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(seconds=300)  # how long a rank waits for another
 
@@ -25,7 +27,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    store: FileStore | None = None
+    store: Store | None = None
 
     @classmethod
     def join(cls, rank: int, world: int, meeting: Path) -> "Ranks":
@@ -35,6 +37,25 @@ class Ranks:
         store = FileStore(str(meeting), world)
         store.set_timeout(PATIENCE)
         dist.init_process_group("gloo", store=store, timeout=PATIENCE, rank=rank, world_size=world)
+        return cls(rank, world, store)
+
+    @classmethod
+    def launched(cls) -> "Ranks":
+        """The place that torchrun gave this process, or one process alone where it was not launched so.
+
+        Tensors in a GPU's memory meet over NCCL, all others over gloo. Raises NexusError where the others do not come.
+        """
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1:
+            return cls()
+        if int(os.environ.get("LOCAL_WORLD_SIZE", world)) == world and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this host
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        store, rank, world = next(rendezvous("env://"))
+        store.set_timeout(PATIENCE)
+        # A key of its own per launch: the launcher's store outlives a rank that is started again.
+        store = PrefixStore(f"nexus {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, timeout=PATIENCE, rank=rank, world_size=world)
         return cls(rank, world, store)
 
     def leave(self) -> None:
@@ -62,6 +83,22 @@ class Ranks:
         dist.broadcast(shared, 0)
         return int(shared)
 
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Sums over all ranks, number by number, in float64. Raises RuntimeError where a rank has gone."""
+        if self.world == 1:
+            return list(numbers)
+        shared = torch.tensor(list(numbers), dtype=torch.float64)
+        dist.all_reduce(shared)
+        return shared.tolist()
+
+    def hear(self, text: str) -> str:
+        """The text of rank 0, on every rank."""
+        if self.world == 1:
+            return text
+        told = [text]
+        dist.broadcast_object_list(told, 0)
+        return told[0]
+
     def share(self, rows: int) -> int:
         """This rank's part of the rows of a step."""
         return max(1, rows // self.world)
@@ -69,3 +106,13 @@ class Ranks:
     def place(self, step: int) -> int:
         """The number under which this rank draws its rows of a step: no two ranks draw the same."""
         return step * self.world + self.rank
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may lie in shards on all ranks, in one piece on each: all of them must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def here(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may lie in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -10,6 +10,7 @@ from torch import nn
 
 from nexus.errors import BadConfig
 from nexus.recipe import OptimConfig
+from nexus.train.parallel import here
 
 
 def trainable_names(model: nn.Module, globs: Sequence[str]) -> list[str]:
@@ -32,13 +33,13 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> dict[str, nn.Parameter]:
 
 
 def frozen_digest(model: nn.Module, globs: Sequence[str]) -> str:
-    """Digest over every parameter a stage must not touch, bit for bit."""
+    """Digest over every parameter a stage must not touch, bit for bit; of weights in shards, over this rank's part."""
     chosen = set(trainable_names(model, globs))
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if name not in chosen:
             digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(here(parameter.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
