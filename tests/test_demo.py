@@ -18,7 +18,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny import NARROW
 
+from nexus.bench.run import run as bench
 from nexus.cli import main
+from nexus.errors import BadConfig
 from nexus.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -380,3 +382,18 @@ def test_speech_comes_from_the_trained_voice_alone() -> None:
     assert model.voice is not None and fresh is not None
     model.voice.load_state_dict(fresh.state_dict())
     assert heard_right() <= max(0.02, report["s2s"]["baseline"])
+
+
+def test_the_choices_of_the_voice_are_compared_on_a_finished_demo(finished: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    result = bench(["voices"], tmp_path, said.append, tiny=True, demo=finished)["voices"]
+    assert (
+        len(result["rows"]) == len(result["variants"]) == 6
+        and len({row["held_out_loss"] for row in result["rows"]}) > 4
+    )
+    again = bench(["voices"], tmp_path, said.append, tiny=True, demo=finished)["voices"]
+    assert again["rows"] == result["rows"], "what was measured is kept"
+    with pytest.raises(BadConfig, match="name its folder with --demo"):
+        bench(["voices"], tmp_path, said.append, tiny=True)
+    with pytest.raises(BadConfig, match="expected the folder of a finished demo"):
+        bench(["voices"], tmp_path, said.append, tiny=True, demo=tmp_path)

@@ -29,23 +29,35 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "nexus.engines": (L0,),
     "nexus.model": (L0, "nexus.codec"),
     "nexus.data": (L0,),
-    "nexus.data.prepare": (L0, "nexus.data", "nexus.codec"),
     "nexus.synth": (L0, "nexus.engines", "nexus.data"),
     "nexus.train": (L0, "nexus.model", "nexus.data"),
     "nexus.build": (L0, "nexus.codec", "nexus.data", "nexus.model"),
     "nexus.lmms": (L0,),  # lives in lmms-eval's environment, which has nothing of ours
     "nexus.respond": (L0, "nexus.codec", "nexus.data", "nexus.model"),
-    "nexus.eval": (L0, "nexus.data", "nexus.engines", "nexus.respond"),
+    "nexus.eval": (L0, "nexus.data", "nexus.engines", "nexus.synth.noise", "nexus.respond"),
     "nexus.serve": (L0, "nexus.data.chat", "nexus.respond"),
-    "nexus.bench": (ALL,),
+    "nexus.factory": (ALL,),
     "nexus.demo": (ALL,),
     "nexus.findings": (ALL,),
+    "nexus.bench": (ALL,),
+    "nexus.learning": (ALL,),
+    "nexus.verbs": (ALL,),
     "nexus.terminal": (ALL,),
     "nexus.cli": (ALL,),
     "nexus.__main__": (ALL,),
 }
 # Of these, each may import those to its left.
-TOP = ("nexus.bench", "nexus.demo", "nexus.findings", "nexus.terminal", "nexus.cli", "nexus.__main__")
+TOP = (
+    "nexus.factory",
+    "nexus.demo",
+    "nexus.findings",
+    "nexus.learning",
+    "nexus.bench",
+    "nexus.terminal",
+    "nexus.verbs",
+    "nexus.cli",
+    "nexus.__main__",
+)
 
 # Packages from outside that are let in at one door only.
 DOORS = {
@@ -271,7 +283,8 @@ def test_imports_that_point_down_are_left_alone() -> None:
         nexus__types="",
         nexus__codec__rvq="from nexus import types",
         nexus__data__chat="from nexus.types import Sample",
-        nexus__data__prepare="from nexus.codec.rvq import Codec\nfrom nexus.data import chat",
+        nexus__eval__suites__noisy="from nexus.synth.noise import at_snr\nfrom nexus.data import chat",
+        nexus__synth__noise="from nexus import types",
         nexus__respond="from nexus.data.chat import render",
         nexus__demo__demo="from nexus.respond import load\nfrom . import world",
         nexus__demo__world="import nexus",

@@ -18,6 +18,7 @@ from nexus.demo.manner import EMOTIONS, MANNERS, caption, emotion_answer
 from nexus.demo.pictures import Scene, describe
 from nexus.demo.pictures import render as draw_picture
 from nexus.demo.rows import (
+    COPY,
     DESCRIBE,
     EARS,
     HEARD_TASKS,
@@ -136,7 +137,7 @@ def test_typed_rows_mix_their_kinds_by_their_shares_and_every_answer_is_right(la
         "pairs": {(pair.zh, pair.en) for pair in lab.pairs},
         "dialogues": {(dialogue.turns[0], dialogue.question, dialogue.answer) for dialogue in lab.dialogues},
     }
-    follow_ups, conversations, kinds = set(follow_up_texts()), 0, Counter[str]()
+    follow_ups, conversations, recalled, kinds = set(follow_up_texts()), 0, 0, Counter[str]()
     rng = random.Random(1)
     for _ in range(NUM_TYPED):
         row = typed_row(lab, rng)
@@ -145,10 +146,15 @@ def test_typed_rows_mix_their_kinds_by_their_shares_and_every_answer_is_right(la
             assert (talk[0], *talk[-1]) in known["dialogues"]
             conversations += 1
         else:
-            assert len(talk) == 3 and not row.media
+            assert not row.media
+            if len(talk) == 4:
+                assert talk.pop() == (spelled(lab, COPY), talk[2][0])
+                recalled += 1
+            assert len(talk) == 3
             kinds.update(kind_of(lab, *ask, known) for ask in talk)
     shares = {kind: count / kinds.total() for kind, count in kinds.items()}
     assert conversations / NUM_TYPED == pytest.approx(0.2, abs=0.03)
+    assert recalled / NUM_TYPED == pytest.approx(0.8 * 0.45 / 2, abs=0.03)
     assert shares == pytest.approx(
         {"ask": 0.45, "asr": 0.3, "s2tt": 0.075, "s2tt_en_zh": 0.075, "ser": 0.05, "caption": 0.05}, abs=0.03
     )
@@ -186,7 +192,7 @@ def test_what_is_heard_and_what_is_spelled_belong_together(lab: Lab, heard: list
         name, place = recorded(lab, turns)
         assert words == lab.plan.spelling(name)[place]
         met[name] += 1
-    assert set(met) == set(EARS)
+    assert set(met) == {*EARS, "captioned", "felt"}
 
 
 def test_the_answer_is_right_for_what_was_heard(lab: Lab, heard: list[Heard]) -> None:
@@ -195,7 +201,11 @@ def test_the_answer_is_right_for_what_was_heard(lab: Lab, heard: list[Heard]) ->
     answers = {item.question: item.answer for item in plans.questions}
     for turns, _ in heard:
         name, place = recorded(lab, turns)
-        said, (*_, answer) = plans.sets[name][place].text, written(turns)
+        said = plans.sets[name][place].text
+        turns, recalled, again = split(turns)
+        assert recalled in ([], [said]) and (name == "looked") == bool(again)
+        assert all(answer_to(seen(lab, turns), question) == told for question, told in again)
+        (*_, answer) = written(turns)
         instruction = next((part.text for part in turns[0].parts if isinstance(part, Text)), "")
         task = next((task for task, row in TASKS.items() if row.instruction and row.instruction == instruction), name)
         match task:
@@ -222,6 +232,29 @@ def test_the_answer_is_right_for_what_was_heard(lab: Lab, heard: list[Heard]) ->
                 )
         met[task] += 1
     assert len(met) == 8 and sum(met.values()) == len(heard)
+
+
+def typed(turn: Turn) -> str:
+    (part,) = turn.parts
+    assert isinstance(part, Text)
+    return part.text
+
+
+def split(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], list[str], list[tuple[str, str]]]:
+    """A talk up to the answer to what is heard; its words, where they are asked for next; typed questions after it."""
+    (heard_at,) = (at for at, turn in enumerate(turns) if any(isinstance(part, Audio) for part in turn.parts))
+    rest = turns[heard_at + 2 :]
+    asks = [(typed(rest[at]), *written(rest[at : at + 2])) for at in range(0, len(rest), 2)]
+    recalled = [told for asked, told in asks if asked == COPY]
+    assert len(recalled) <= 1 and (not recalled or asks[0][0] == COPY)
+    return turns[: heard_at + 2], recalled, [(asked, told) for asked, told in asks if asked != COPY]
+
+
+def test_half_of_what_is_heard_is_asked_for_once_more(lab: Lab) -> None:
+    for task in ("chat", "ser", "caption", "s2tt", "avqa"):
+        rows = [turns for step in range(40) for turns, _ in heard_rows(lab, {task: 5}, "align")(step)]
+        share = sum(bool(split(turns)[1]) for turns in rows) / len(rows)
+        assert share == pytest.approx(0.5, abs=0.12), task
 
 
 def seen(lab: Lab, turns: tuple[Turn, ...]) -> Scene:
@@ -291,8 +324,9 @@ def test_an_unknown_task_is_refused_and_not_left_out(lab: Lab) -> None:
 
 
 def test_a_task_of_which_the_world_holds_nothing_is_refused() -> None:
-    world = Recipe.load("nexus-tiny").world
-    assert world is not None and not world.films
+    nothing = [f"world.{n}=0" for n in ("mandarin", "english", "captioned", "felt", "looked", "followed", "films")]
+    world = Recipe.load("nexus-tiny", nothing).world
+    assert world is not None
     check_mixture("sft", {"asr": 1, "picture": 1}, (*HEARD_TASKS, *SILENT_TASKS), world)
     for task in ("film", "ser", "avqa", "multiturn", "caption", "s2tt"):
         with pytest.raises(BadConfig, match=rf"task '{task}' has nothing to learn from, world\."):
@@ -309,7 +343,7 @@ def test_typed_rows_tell_of_nothing_that_the_world_leaves_out() -> None:
 
 
 def test_all_that_is_spelled_in_training_can_be_spelled(lab: Lab) -> None:
-    for name in EARS:
+    for name in (*EARS, "captioned", "felt"):
         assert set("".join(lab.spelling[name])) <= set(CHARACTERS), name
     assert set("".join((*picture_question_texts(), *follow_up_texts()))) <= set(CHARACTERS)
     assert set(lab.spelling) == set(lab.plan.sets)

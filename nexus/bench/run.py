@@ -8,19 +8,27 @@ from typing import Any
 
 import torch
 
-from nexus.bench import alignment, decoder, gpu, hearing
+from nexus.bench import alignment, decoder, factory, gpu, hearing, training, voices
 from nexus.bench.race import Say, machine
 from nexus.errors import BadConfig
 
-NAMES = ("decoder", "hearing", "gpu", "alignment")
+NAMES = ("decoder", "hearing", "gpu", "alignment", "voices", "factory", "training")
 
 
-def run(names: Sequence[str], out: Path, say: Say, tiny: bool = False, reference: Path | None = None) -> dict[str, Any]:
+def run(
+    names: Sequence[str],
+    out: Path,
+    say: Say,
+    tiny: bool = False,
+    reference: Path | None = None,
+    demo: Path | None = None,
+) -> dict[str, Any]:
     """Run benchmarks and write NAME.json of each into `out`; returns the results by name.
 
     Without names: all this machine can run. `reference` is the user's copy of the published alignment measures, which
-    are no package. `tiny` races very small models, which says nothing about speed. Raises BadConfig for a name that
-    there is not, for `gpu` without a CUDA device, `alignment` without a reference, and an `out` that is no folder.
+    are no package; `demo` the folder of a finished demo. `tiny` races very small models, which says nothing about
+    speed. Raises BadConfig for a name that there is not, for `gpu` without a CUDA device, `alignment` without a
+    reference, `voices` without a demo, and an `out` that is no folder.
     """
     unknown = [name for name in names if name not in NAMES]
     if unknown:
@@ -29,7 +37,11 @@ def run(names: Sequence[str], out: Path, say: Say, tiny: bool = False, reference
         gpu.check()
     if "alignment" in names and reference is None:
         raise BadConfig("alignment is timed against the published measures: name a copy of their file with --reference")
-    can = {"gpu": torch.cuda.is_available(), "alignment": reference is not None}
+    if "voices" in names and demo is None:
+        raise BadConfig("voices are compared on what a demo has learned: name its folder with --demo")
+    if demo is not None:
+        voices.check(demo)
+    can = {"gpu": torch.cuda.is_available(), "alignment": reference is not None, "voices": demo is not None}
     chosen = names or [name for name in NAMES if can.get(name, True)]
     if out.exists() and not out.is_dir():
         raise BadConfig(f"{out} is a file, results go into a folder; name another with --out")
@@ -39,6 +51,11 @@ def run(names: Sequence[str], out: Path, say: Say, tiny: bool = False, reference
         "hearing": lambda: hearing.bench(hearing.TINY if tiny else hearing.FULL, say),
         "gpu": lambda: gpu.bench(gpu.TINY if tiny else gpu.FULL, torch.device("cuda"), say),
         "alignment": lambda: alignment.bench(alignment.TINY if tiny else alignment.FULL, reference or Path(), say),
+        "factory": lambda: factory.bench(factory.TINY if tiny else factory.FULL, say),
+        "training": lambda: training.bench(training.TINY if tiny else training.FULL, say),
+        "voices": lambda: voices.bench(
+            voices.TINY if tiny else voices.FULL, demo or Path(), out / "voices.rows.jsonl", say
+        ),
     }
     results = {}
     for name in chosen:

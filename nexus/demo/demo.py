@@ -20,7 +20,7 @@ from nexus.data.chat import ChatTokenizer
 from nexus.demo import stages
 from nexus.demo.beside import beside
 from nexus.demo.corpus import Waves, plan, speak_set
-from nexus.demo.evaluate import Answers, Exam, first_sound_seconds
+from nexus.demo.evaluate import Answers, Exam, Sat, first_sound_seconds
 from nexus.demo.lab import Lab
 from nexus.demo.mandarin import pairs
 from nexus.demo.rows import HEARD_TASKS, SILENT_TASKS, check_mixture, film_words, tokenizer_texts
@@ -53,7 +53,8 @@ TASKS_OF = {  # what may stand in the mixtures
 TOKENIZER_SENTENCES, TOKENIZER_PAIRS = 20_000, 6_000
 QUANTISER_SOUNDS = 1500
 FIRST_SOUNDS = 20
-EXAM_SECONDS = 90.0  # examination and report, whatever the scale
+WRITTEN = "state/written.part.json"  # the second process's answers
+EXAM_SECONDS = 70.0  # examination and report, whatever the scale
 VERSIONED = ("torch", "transformers", "tokenizers", "numpy", "espeakng-loader", "pocketsphinx")
 
 
@@ -71,11 +72,11 @@ def run_demo(
             finished: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
             return finished
         run.memory = memory
-        lab = _prepare(run)
+        lab = prepare(run)
         exam = Exam(lab, run.plan["threads"])
         untrained = _untrained(run, lab, exam)
-        records, before = _learn(run, lab, exam)
-        report, replies = _examine(run, lab, exam, untrained, before)
+        records, before, sat = _learn(run, lab, exam)
+        report, replies = _examine(run, lab, exam, untrained, before, sat)
         report["memory"] = {"peak_gib": run.peak_gib, "measure": memory.measure}
         report["seconds"] = {**run.seconds, "total": run.elapsed, "cpu": run.cpu_seconds}
         _leave(run, lab, exam, records, report, replies)
@@ -106,7 +107,7 @@ def _check(recipe: Recipe) -> None:
     plan(World(world.seed), world)
 
 
-def _prepare(run: Run) -> Lab:
+def prepare(run: Run) -> Lab:
     """Corpus, tokenizer and an untrained model."""
     recipe, config = run.recipe, run.recipe.world
     assert config is not None
@@ -148,7 +149,7 @@ def _untrained(run: Run, lab: Lab, exam: Exam) -> Answers:
     def work() -> dict[str, Any]:
         responder = OmniResponder(lab.model, lab.tokenizer)
         with run.progress.stage("untrained", unit="exams"):
-            spoken = exam.talk(responder, UNTRAINED_TOKENS, UNTRAINED_SECONDS)
+            spoken = exam.talk(responder, UNTRAINED_TOKENS, UNTRAINED_SECONDS, UNTRAINED_ITEMS)
             heard = exam.transcribe(*(exam.sounds(replies) for replies in spoken))
             names = [name for name in exam.papers if not name.endswith(".other")]
             written = exam.write(responder, names, UNTRAINED_ITEMS, UNTRAINED_TOKENS)
@@ -158,8 +159,8 @@ def _untrained(run: Run, lab: Lab, exam: Exam) -> Answers:
     return Answers(**{f.name: record[f.name] for f in fields(Answers)})
 
 
-def _learn(run: Run, lab: Lab, exam: Exam) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]]]:
-    """Stage 0 in two tracks, the picture answers before any audio stage, then stages 1 to 3."""
+def _learn(run: Run, lab: Lab, exam: Exam) -> tuple[dict[str, dict[str, Any]], dict[str, list[str]], Sat]:
+    """Stage 0 in two tracks, the picture answers before any audio stage, stages 1 to 3, and all answers after them."""
     recipe, model, records = run.recipe, lab.model, {}
     threads = run.plan["threads"]
     second: AbstractContextManager[None] = nullcontext()
@@ -176,7 +177,11 @@ def _learn(run: Run, lab: Lab, exam: Exam) -> tuple[dict[str, dict[str, Any]], d
     before = run.once("before_audio", lambda: {"written": exam.write(responder, ["vqa"])})["written"]
     with _ranks(run) as ranks:
         records.update(_three_stages(run, lab, spelling, ranks))
-    return records, before
+        sat = _sit(run, lab, exam, ranks)
+    if ranks.world > 1:
+        sat.answers.written = json.loads((run.out / WRITTEN).read_text(encoding="utf-8"))
+        (run.out / WRITTEN).unlink()
+    return records, before, sat
 
 
 @contextmanager
@@ -201,11 +206,12 @@ def _second_rank(progress: Progress, recipe: Recipe, out: Path, minutes: float, 
     """The second process of stages 1 to 3: same model, rows of its own, nothing to show or to keep."""
     run = Run(recipe, out, minutes, Progress(io.StringIO()), time.perf_counter())
     run.plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-    lab = _prepare(run)
+    lab = prepare(run)
     _eyes_and_mind(run, lab)
     _, _, spelling = _voice_box_and_ears(run, lab)
     ranks = Ranks.join(1, 2, meeting)
     _three_stages(run, lab, spelling, ranks)
+    write_json(out / WRITTEN, Exam(lab, 1).write(OmniResponder(lab.model, lab.tokenizer)))
     ranks.leave()
 
 
@@ -272,37 +278,45 @@ def _second_track(progress: Progress, recipe: Recipe, out: Path, minutes: float,
     """Track two in a process of its own; the folder is held by the first. Both read one clock."""
     run = Run(recipe, out, minutes, progress, begun, earlier=earlier)
     run.plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-    _voice_box_and_ears(run, _prepare(run))
+    _voice_box_and_ears(run, prepare(run))
+
+
+def _sit(run: Run, lab: Lab, exam: Exam, ranks: Ranks) -> Sat:
+    """Every answer of the trained model. Of two processes the second one writes while this one speaks."""
+    torch.set_num_threads(run.plan["threads"] - run.plan["threads"] // 2)  # as many as where a second process writes
+    responder = OmniResponder(lab.model, lab.tokenizer)
+    with run.clocked("evaluation"), run.progress.stage("evaluation", 3, "parts") as watch:
+        recited, answered = exam.talk(responder)
+        watch.advance()
+        sounds = (exam.sounds(recited), exam.sounds(answered))
+        tts, s2s, *beside = exam.transcribe(*sounds, exam.codec_round_trip(), exam.originals(), exam.right_answers())
+        watch.advance()
+        written = exam.write(responder) if ranks.world == 1 else {}
+        watch.advance()
+    return Sat(Answers(written, [reply.text for reply in answered], tts, s2s), recited, answered, *beside)
 
 
 def _examine(
-    run: Run, lab: Lab, exam: Exam, untrained: Answers, before: dict[str, list[str]]
+    run: Run, lab: Lab, exam: Exam, untrained: Answers, before: dict[str, list[str]], sat: Sat
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report's scores, and the answers behind them."""
-    responder = OmniResponder(lab.model, lab.tokenizer)
-    with run.clocked("evaluation"), run.progress.stage("evaluation", 4, "parts") as watch:
-        spoken = exam.talk(responder)
-        round_trip, originals = exam.codec_round_trip(), exam.originals()
-        watch.advance()
-        groups = (*map(exam.sounds, spoken), round_trip, originals, exam.right_answers())
-        tts, s2s, coded, original, best = exam.transcribe(*groups)
-        watch.advance()
-        trained = Answers(exam.write(responder), [reply.text for reply in spoken[1]], tts, s2s)
-        watch.advance()
+    trained = sat.answers
+    with run.clocked("evaluation"), run.progress.stage("first sound", 1, "parts") as watch:
         asked = range(min(FIRST_SOUNDS, len(lab.plan.test_questions)))
+        responder = OmniResponder(lab.model, lab.tokenizer)
         wait = first_sound_seconds(responder, [lab.waves["test_questions"][i] for i in asked])
         watch.advance()
     report: dict[str, Any] = {
         "schema": 1,
         "recipe": run.recipe.name,
         **exam.written_scores(trained, untrained, before),
-        "codec": exam.codec(coded, original),
-        "tts": exam.synthesis(trained, untrained, original, spoken[0]),
-        "s2s": exam.spoken_answers(trained, untrained, best),
+        "codec": exam.codec(sat.coded, sat.original),
+        "tts": exam.synthesis(trained, untrained, sat.original, sat.recited),
+        "s2s": exam.spoken_answers(trained, untrained, sat.best),
         "first_sound": wait,
         "model": {"parameters": count(dict(lab.model.named_parameters()))},
     }
-    return report, {"trained": trained, "recited": spoken[0], "answered": spoken[1]}
+    return report, {"trained": trained, "recited": sat.recited, "answered": sat.answered}
 
 
 def _leave(

@@ -53,6 +53,18 @@ class Answers:
 
 
 @dataclass
+class Sat:
+    """The examination as it was sat: all answers, and what the recogniser hears in the sounds they are held against."""
+
+    answers: Answers
+    recited: list[Reply]
+    answered: list[Reply]
+    coded: list[str]  # the recited sentences through the codec
+    original: list[str]  # their original recordings
+    best: list[str]  # the right answers, spoken by the voice that was learned
+
+
+@dataclass
 class Exam:
     """The test items, and what is made of the answers."""
 
@@ -89,13 +101,16 @@ class Exam:
         return written
 
     def talk(
-        self, responder: OmniResponder, max_tokens: int = MAX_TOKENS, max_seconds: float = MAX_SECONDS
+        self,
+        responder: OmniResponder,
+        max_tokens: int = MAX_TOKENS,
+        max_seconds: float = MAX_SECONDS,
+        n: int | None = None,
     ) -> tuple[list[Reply], list[Reply]]:
-        """Sentences read aloud, and spoken answers to spoken questions."""
-        aloud = [task_turns("tts", text=text)[:1] for text in self.recited]
-        asked = [
-            task_turns("s2s", sound=self.lab.waves["test_questions"][i])[:1] for i in range(len(self.spoken_items))
-        ]
+        """Sentences read aloud, and spoken answers to spoken questions: all, or the first n."""
+        aloud = [task_turns("tts", text=text)[:1] for text in self.recited[:n]]
+        heard = [self.lab.waves["test_questions"][i] for i in range(len(self.spoken_items[:n]))]
+        asked = [task_turns("s2s", sound=sound)[:1] for sound in heard]
         recited = responder.answer_many(aloud, True, max_tokens, max_seconds)
         return recited, responder.answer_many(asked, True, max_tokens, max_seconds)
 
@@ -292,7 +307,7 @@ class Exam:
             "wer_original": _wer(self.recited, original),
             "baseline": 1.0,
             "other": _wer(self.recited, others(trained.heard_tts)),
-            "untrained": _wer(self.recited, untrained.heard_tts),
+            "untrained": _wer(self.recited[: len(untrained.heard_tts)], untrained.heard_tts),
             "length_ratio": sum(sound.seconds for sound in self.sounds(replies)) / seconds,
             "unfinished": sum(not reply.complete for reply in replies),
             "recogniser": RECOGNISER,
@@ -313,7 +328,7 @@ class Exam:
             "wer_own_text": _wer(trained.own, trained.heard_s2s),
             "baseline": float(np.mean(exact(wanted, [most_frequent(wanted)] * len(wanted)))),
             "other": float(np.mean(exact(wanted, others(trained.heard_s2s)))),
-            "untrained": float(np.mean(exact(wanted, untrained.heard_s2s))),
+            "untrained": float(np.mean(exact(wanted[: len(untrained.heard_s2s)], untrained.heard_s2s))),
             "families": _by_family([item.family for item in self.spoken_items], right),
             "recogniser": RECOGNISER,
         }

@@ -22,8 +22,10 @@ from nexus.types import Audio, Image, Text, Turn, Video
 
 DESCRIBE = "please describe the picture"
 COPY = TASKS["asr"].instruction
-# Sets that are heard and spelled; of "spoken" only the codes are learned.
-EARS = ("heard", "mandarin", "english", "looked", "followed", "captioned", "felt")
+RECALLED = 0.5  # share of what is heard after whose answer the words are asked for as well: one sound, two lessons
+SEEN_AGAIN = 2  # typed questions that follow a spoken one about the same picture
+# Sets from which the ears learn to spell. Of those told in some manner they hear in stage 1, of "spoken" nothing.
+EARS = ("heard", "mandarin", "english", "looked", "followed")
 HEARD_TASKS = ("asr", "chat", "s2tt", "ser", "caption", "avqa", "multiturn")
 SILENT_TASKS = ("text", "picture", "film")
 Heard = tuple[tuple[Turn, ...], str]  # the turns of a row, and the words that are heard in it as they are spelled
@@ -42,6 +44,8 @@ def typed_row(lab: Lab, rng: random.Random, turns: int = 3) -> Rendered:
     talk: list[Turn] = []
     for _ in range(turns):
         talk += _typed(lab, rng)
+    if isinstance(asked := talk[-2].parts[0], Text) and len(talk[-2].parts) == 1 and rng.random() < RECALLED:
+        talk += _turns((Text(COPY),), asked.text)
     return lab.render(talk)
 
 
@@ -141,7 +145,7 @@ def heard_rows(lab: Lab, mixture: dict[str, int], stage: str) -> Callable[[int],
 
 def _lesson(lab: Lab, task: str, rows: int, stage: str) -> Callable[[int], list[Heard]]:
     if task in ("avqa", "multiturn"):
-        ask = _ask_about_picture if task == "avqa" else _follow_up
+        ask = _talk_about_picture if task == "avqa" else _follow_up
 
         def drawn(step: int) -> list[Heard]:
             rng = lab.rng(f"{stage} {task}", step)
@@ -153,7 +157,14 @@ def _lesson(lab: Lab, task: str, rows: int, stage: str) -> Callable[[int], list[
 
     def bucket(step: int) -> list[Heard]:
         chosen = [places[index] for index in buckets.at(step)]
-        return [(heard_turns(lab, task, name, i), lab.spelling[name][i]) for name, i in chosen]
+        rng = lab.rng(f"{stage} {task} recalled", step)
+        rows = []
+        for name, i in chosen:
+            turns = heard_turns(lab, task, name, i)
+            if task != "asr" and rng.random() < RECALLED:
+                turns += _turns((Text(COPY),), lab.plan.sets[name][i].text)
+            rows.append((turns, lab.spelling[name][i]))
+        return rows
 
     return bucket
 
@@ -195,12 +206,17 @@ def heard_turns(lab: Lab, task: str, name: str, i: int) -> tuple[Turn, ...]:
             return task_turns("ser", sound=sound, text=emotion_answer(plan.emotions[name][i]))
 
 
-def _ask_about_picture(lab: Lab, rng: random.Random) -> Heard:
-    """A picture and a spoken question about it."""
+def _talk_about_picture(lab: Lab, rng: random.Random) -> Heard:
+    """A picture and a spoken question about it, then sometimes its words, and typed questions about the picture."""
     index = rng.randrange(len(lab.scenes))
-    item = rng.choice(picture_questions(lab.scenes[index], rng))
+    item, *more = rng.sample(picture_questions(lab.scenes[index], rng), 1 + SEEN_AGAIN)
     question = lab.waves["looked"][rng.choice(lab.recordings["looked"][item.question])]
-    return seen_and_heard(Image(pixels=lab.pictures[index]), question, item), item.question
+    talk = seen_and_heard(Image(pixels=lab.pictures[index]), question, item)
+    if rng.random() < RECALLED:
+        talk += _turns((Text(COPY),), item.question)
+    for other in more:
+        talk += _turns((Text(other.question),), other.answer)
+    return talk, item.question
 
 
 def seen_and_heard(picture: Image, question: Audio, item: Item) -> tuple[Turn, ...]:

@@ -7,7 +7,7 @@ same number of steps gives the same weights.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nexus.codec.rvq import RVQCodec
 from nexus.data.chat import Rendered, task_turns
 from nexus.data.collate import sound
+from nexus.data.prepared import Line, mistaken, speech_batch
 from nexus.data.stream import Buckets
 from nexus.demo.lab import Lab
 from nexus.demo.phrases import CELLS, COLOURS, SHAPES
@@ -25,7 +26,7 @@ from nexus.pixels import patch_rows
 from nexus.recipe import StageConfig
 from nexus.train.parallel import Ranks
 from nexus.train.standins import CellNames, CharacterCTC
-from nexus.types import Audio, Script, Sight, SpeechBatch, Turn
+from nexus.types import Audio, Sight, Turn
 
 Losses = Callable[[int], dict[str, Tensor]]
 CROP_SECONDS = 1.1
@@ -138,16 +139,6 @@ def sft_losses(lab: Lab, config: StageConfig) -> Losses:
     return losses
 
 
-@dataclass(frozen=True)
-class Line:
-    """One thing the voice learns to say: states and embeddings [N, D], letters [N], codes [K, S]."""
-
-    states: Tensor
-    embeds: Tensor
-    letters: Tensor
-    codes: Tensor
-
-
 def prepare_lines(lab: Lab, config: StageConfig, bf16: bool, ranks: Ranks, tell: Callable[[int], None]) -> list[Line]:
     """Frozen language states and codec codes of what this rank learns to say: sentences to read aloud, and answers to
     spoken questions in the mixture's proportion."""
@@ -193,35 +184,13 @@ def speak_losses(lab: Lab, config: StageConfig, lines: Sequence[Line]) -> Losses
     buckets = Buckets([line.codes.shape[1] for line in lines], rows, lab.seed("speak"))
 
     def losses(step: int) -> dict[str, Tensor]:
-        batch = _speech([lines[i] for i in buckets.at(step)])
-        said = lab.model(replace(batch, previous=_mistaken(batch.codes, config, lab.rng("speak", step))))
+        batch = speech_batch([lines[i] for i in buckets.at(step)])
+        generator = torch.Generator().manual_seed(lab.rng("speak", step).getrandbits(40))
+        shown = mistaken(batch.codes, config.wrong_codes, config.wrong_frames, generator)
+        said = lab.model(replace(batch, previous=shown))
         return {"loss": said["speech"], **said}
 
     return losses
-
-
-def _speech(lines: Sequence[Line]) -> SpeechBatch:
-    def pad(tensors: list[Tensor]) -> Tensor:
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-
-    script = Script(
-        pad([line.states for line in lines]),
-        pad([line.embeds for line in lines]),
-        pad([line.letters for line in lines]),
-        torch.tensor([len(line.letters) for line in lines]),
-    )
-    codes = pad([line.codes.T for line in lines]).transpose(1, 2)
-    return SpeechBatch(script, codes, torch.tensor([line.codes.shape[1] for line in lines]))
-
-
-def _mistaken(codes: Tensor, config: StageConfig, rng: random.Random) -> Tensor:
-    """Codes with some replaced by others: in use the voice's past is its own, with mistakes in it."""
-    generator = torch.Generator().manual_seed(rng.getrandbits(40))
-    rows, _, frames = codes.shape
-    wrong = torch.rand(codes.shape, generator=generator) < config.wrong_codes
-    wrong |= torch.rand((rows, 1, frames), generator=generator) < config.wrong_frames
-    others = torch.randint(0, int(codes.max()) + 1, codes.shape, generator=generator)
-    return torch.where(wrong, others, codes)
 
 
 def _cells(scene: Scene) -> list[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ copy, and every name and shape is checked before the first one is read.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu") -> OmniModel:
-    """The model of a folder, in evaluation mode and in the folder's own types of numbers.
+    """The model of a folder, in evaluation mode and in the folder's own types of numbers; only float16, which
+    processors store and do not compute with, is widened to float32 on the CPU.
 
     Raises BadCheckpoint naming missing, unexpected, misshapen, mistyped or not finite weights.
     """
@@ -133,10 +135,41 @@ def load_model(folder: Path, device: str | torch.device = "cpu") -> OmniModel:
     for path in shards:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                weights[name] = _aligned(file.get_tensor(name))
+                weights[name] = _aligned(_widened(file.get_tensor(name)))
                 check_weight(name, weights[name], expected[name], str(path))
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
+
+
+def halve(folder: Path, out: Path) -> int:
+    """A model folder at half the size, its float32 weights as float16, everything else as it is; returns its bytes.
+
+    Raises BadCheckpoint for a folder that is no model, for a weight that float16 cannot hold, and for an `out` that
+    exists.
+    """
+    if out.exists():
+        raise BadCheckpoint(f"{out} exists; give another --out or remove it")
+    read_config(folder)
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(folder, part, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
+    writer = ShardWriter(part)
+    for path in weight_files(folder):
+        weight_shapes(path)
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                wide = file.get_tensor(name)
+                half = wide.half() if wide.dtype == torch.float32 else wide
+                if half.is_floating_point() and not bool(torch.isfinite(half).all()):
+                    raise BadCheckpoint(f"{path}: {name} holds values that float16 does not; ship it as it is")
+                writer.add(name, half)
+    writer.close()
+    part.rename(out)
+    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 and tensor.device.type == "cpu" else tensor
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -66,7 +66,6 @@ class DelayedVoice(Speaking):
         self.norm = nn.LayerNorm(width) if config.norm == "layer" else RMSNorm(width)
         self.heads = nn.Linear(width, config.books * (size + 2), bias=False)
         # Words and codes start equally loud: the sum of K code embeddings has size sqrt(K), and so have the words.
-        # Words and codes start equally loud: the sum of K code embeddings has size sqrt(K), and so have the words.
         for weight in terms:
             nn.init.normal_(weight, std=(config.books / len(terms) / language_width) ** 0.5)
         nn.init.normal_(self.codes.weight, std=1.0)
