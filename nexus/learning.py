@@ -7,12 +7,9 @@ one that is made here, with the model as the stage before it left it, of the ans
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from nexus.data.chat import ChatTokenizer
 from nexus.data.mixture import Mixture, Source
@@ -30,6 +27,7 @@ from nexus.recipe import Recipe, StageConfig
 from nexus.respond import OmniResponder, load
 from nexus.train.gate import Gate
 from nexus.train.loader import Batches
+from nexus.train.parallel import Ranks
 from nexus.train.prepare import Lines, open_prepared, prepare
 from nexus.train.run import train
 from nexus.types import Audio, Sample
@@ -64,8 +62,7 @@ def learn(
         progress.say(f"{name}: left out, no row has an answer with a sound")
     chosen = [name for name in chosen if name not in mute]
     feed = _Feed(recipe, init, out, chosen, progress)
-    rank = int(os.environ.get("RANK", "0"))
-    gate = None if recipe.gate is None else _gate(recipe, init, out, rank, progress)
+    gate = None if recipe.gate is None else lambda ranks: _gate(recipe, init, out, ranks, progress)
     return train(recipe, init, out, feed, stages=chosen, gate=gate, allow_inexact=allow_inexact, progress=progress)
 
 
@@ -117,17 +114,6 @@ def _processes() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextmanager
-def _first_alone() -> Iterator[None]:
-    """What is made on disk is made by the first rank; the others find it."""
-    together = dist.is_available() and dist.is_initialized()
-    if together and dist.get_rank() > 0:
-        dist.barrier()
-    yield
-    if together and dist.get_rank() == 0:
-        dist.barrier()
-
-
 @dataclass(frozen=True)
 class _Feed:
     """From a stage to this rank's batches."""
@@ -138,9 +124,9 @@ class _Feed:
     chosen: Sequence[str]
     progress: Progress
 
-    def __call__(self, stage: StageConfig, rank: int, world: int) -> Batches:
-        with _first_alone():
-            return self._spoken(stage, rank, world) if _speaks(stage) else self._heard(stage, rank, world)
+    def __call__(self, stage: StageConfig, ranks: Ranks) -> Batches:
+        batches = self._spoken if _speaks(stage) else self._heard
+        return ranks.first(f"rows of {stage.name}", lambda: batches(stage, ranks.rank, ranks.world))
 
     def _heard(self, stage: StageConfig, rank: int, world: int) -> Batches:
         data = self.recipe.data
@@ -227,7 +213,7 @@ class SpokenRows:
         return f"replayed sentence {row - self._times * len(self._own)}"
 
 
-def _gate(recipe: Recipe, init: Path, out: Path, rank: int, progress: Progress) -> Gate:
+def _gate(recipe: Recipe, init: Path, out: Path, ranks: Ranks, progress: Progress) -> Gate:
     """The gate of a recipe on its held-out file, or on rows of the initial model's own data."""
     assert recipe.gate is not None
     responder = load(init)
@@ -236,11 +222,10 @@ def _gate(recipe: Recipe, init: Path, out: Path, rank: int, progress: Progress) 
     if name is not None:
         rows = Lines(Path(name))
     else:
-        with _first_alone():
-            rows = exam_rows(init, out / "replay", _processes(), progress)
+        rows = ranks.first("rows of the gate", lambda: exam_rows(init, out / "replay", _processes(), progress))
     items, score = held_out(responder, rows, recipe.gate.n), recipe.gate.score
 
     def measured(model: OmniModel) -> dict[str, list[float]]:
         return measure(OmniResponder(model, responder.tokenizer), items, score)
 
-    return Gate(recipe.gate, measured, out / "gate", items.fingerprint, rank)
+    return Gate(recipe.gate, measured, out / "gate", items.fingerprint, ranks.rank)

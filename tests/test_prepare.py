@@ -30,6 +30,7 @@ from nexus.model.folder import load_model, save_model
 from nexus.progress import Progress
 from nexus.recipe import StageConfig
 from nexus.train.loop import Pace, fit
+from nexus.train.parallel import Ranks
 from nexus.train.prepare import Outcome, Sizes, open_prepared, prepare, prepare_file
 from nexus.train.run import train
 from nexus.train.stage import freeze
@@ -365,8 +366,8 @@ def test_the_last_stage_trains_from_a_prepared_folder_and_leaves_a_whole_model(m
     prepare(model, talks(12), tmp_path / "prepared", sizes=SMALL)
     lines = open_prepared(tmp_path / "prepared", model)
 
-    def feed(stage: StageConfig, rank: int, world: int) -> SpeechBatches:
-        return SpeechBatches(lines, 4.0, 0, stage.wrong_codes, stage.wrong_frames, rank, world)
+    def feed(stage: StageConfig, ranks: Ranks) -> SpeechBatches:
+        return SpeechBatches(lines, 4.0, 0, stage.wrong_codes, stage.wrong_frames, ranks.rank, ranks.world)
 
     recipe = tiny_recipe("stages.speak.steps=3", "engine.log=[]", "engine.threads=1")
     record = train(recipe, model, tmp_path / "out", feed, stages=["speak"])

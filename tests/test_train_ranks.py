@@ -24,8 +24,8 @@ from nexus.errors import NexusError
 run.code_digest = lambda: "as it is"  # others may edit the code while this runs
 init, out, kinds, pause = sys.argv[1:5]
 if __name__ == "__main__":
-    def feed(stage, rank, world):
-        return Rows(tuple(kinds.split(",")), rank, world, pause_seconds=float(pause))
+    def feed(stage, ranks):
+        return Rows(tuple(kinds.split(",")), ranks.rank, ranks.world, pause_seconds=float(pause))
     try:
         run.train(recipe_for(*sys.argv[5:]), Path(init), Path(out), feed)
     except NexusError as error:
@@ -110,7 +110,7 @@ class Gate:
         self.begin(None, model)
 
 if __name__""",
-).replace("Path(out), feed)", "Path(out), feed, gate=Gate())")
+).replace("Path(out), feed)", "Path(out), feed, gate=lambda ranks: Gate())")
 
 
 def test_a_gate_measures_a_model_in_shards_as_it_measures_a_whole_one(init: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from nexus.errors import BadConfig, BadRecord, Busy, NexusError
 from nexus.model.omni import OmniModel
 from nexus.recipe import StageConfig
 from nexus.train.loader import Batches
+from nexus.train.parallel import Ranks
 from nexus.train.run import train
 from nexus.types import Audio, Sample, Script, SpeechBatch, Text, Turn
 
@@ -51,8 +52,8 @@ class Breaking(Rows):
         return super().at(step)
 
 
-def feed(stage: StageConfig, rank: int, world: int) -> Rows:
-    return Rows(("ait", "t"), rank, world)
+def feed(stage: StageConfig, ranks: Ranks) -> Rows:
+    return Rows(("ait", "t"), ranks.rank, ranks.world)
 
 
 def losses(out: Path, stage: str = "sft") -> list[float]:
@@ -144,7 +145,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(init: Path, tmp_path
 
     train(recipe_for("stages.sft.steps=6"), init, tmp_path / "whole", feed)
     halves = recipe_for("stages.sft.steps=6", "engine.accumulation=2")
-    train(halves, init, tmp_path / "halves", lambda stage, rank, world: Halves(("ait", "t")))
+    train(halves, init, tmp_path / "halves", lambda stage, ranks: Halves(("ait", "t")))
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
 
 
@@ -374,10 +375,10 @@ def test_a_gate_is_asked_before_during_and_after_a_stage_and_may_stop_it(init: P
                 raise NexusError("vision fell")
 
     patient, strict = Watchman(99), Watchman(10)
-    train(recipe_for(), init, tmp_path / "patient", feed, gate=patient)
+    train(recipe_for(), init, tmp_path / "patient", feed, gate=lambda ranks: patient)
     assert patient.calls == ["sft", 8, 16, 20]
     with pytest.raises(NexusError, match="vision fell"):
-        train(recipe_for(), init, tmp_path / "strict", feed, gate=strict)
+        train(recipe_for(), init, tmp_path / "strict", feed, gate=lambda ranks: strict)
     assert strict.calls == ["sft", 8, 16] and not (tmp_path / "strict" / "model").exists()
 
 

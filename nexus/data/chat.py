@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -31,6 +32,10 @@ SPECIALS = (
     "<|audio_eos|>",
     "<|audio_pad|>",
 )
+
+
+def _read_tokenizer(text: str) -> "ChatTokenizer":
+    return ChatTokenizer(Tokenizer.from_str(text))
 
 
 class ChatTokenizer:
@@ -61,6 +66,10 @@ class ChatTokenizer:
         self.stops = (self.stop, self.pad)
         self.size = tokenizer.get_vocab_size()
         self._encode = functools.lru_cache(1 << 16)(self._encode_afresh)  # training texts come again and again
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process it goes as its file would."""
+        return _read_tokenizer, (self._tokenizer.to_str(),)
 
     @functools.cached_property
     def letters(self) -> list[int]:

@@ -6,10 +6,11 @@ of a small model are too short to be worth sharing.
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,12 @@ from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
+from nexus.errors import NexusError
+
 PATIENCE = timedelta(seconds=300)  # how long a rank waits for another
+LONG_PATIENCE = timedelta(days=2)  # and for files that the first one makes
+DONE = "done"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,27 @@ class Ranks:
         told = [text]
         dist.broadcast_object_list(told, 0)
         return told[0]
+
+    def first(self, name: str, work: Callable[[], T]) -> T:
+        """Work whose files the first rank makes and the others find: they begin when it is done, however long that
+        takes. What the first rank raises is raised on all. `name` is used once in a run."""
+        if self.store is None:
+            return work()
+        key = f"first {name}"
+        if self.rank == 0:
+            said = DONE
+            try:
+                return work()
+            except BaseException as error:
+                said = str(error) or type(error).__name__
+                raise
+            finally:
+                self.store.set(key, said)
+        self.store.wait([key], LONG_PATIENCE)
+        said = self.store.get(key).decode()
+        if said != DONE:
+            raise NexusError(said)
+        return work()
 
     def share(self, rows: int) -> int:
         """This rank's part of the rows of a step."""

@@ -35,7 +35,7 @@ from nexus.train.sharding import Place, threads
 from nexus.train.stage import trainable_names
 from nexus.train.work import Guard, Work
 
-Feed = Callable[[StageConfig, int, int], Batches]  # stage, rank, world -> what that rank learns from
+Feed = Callable[[StageConfig, Ranks], Batches]  # what this rank learns from in a stage
 VERSIONED = ("torch", "transformers", "tokenizers", "numpy")
 # Of the engine's settings, those on which no number depends.
 FREE = {"checkpoint_every_steps", "keep_last", "log", "parallel", "threads"}
@@ -88,15 +88,16 @@ def train(
     feed: Feed,
     *,
     stages: Sequence[str] | None = None,
-    gate: Guard | None = None,
+    gate: Callable[[Ranks], Guard] | None = None,
     allow_inexact: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train the recipe's stages (or those named) on the model folder `init`; returns what stands in `out`/run.json.
 
     Every process that torchrun starts calls this alike; one process alone needs no torchrun. `feed` gives each rank its
-    batches of a stage. Raises BadConfig and BadCheckpoint for what does not fit, BadRecord and BadMedia for rows,
-    Busy for a folder in use, NexusError where a step, a checkpoint or another process fails; what was whole stays so.
+    batches of a stage, `gate` makes the guard once the folder is held. Raises BadConfig and BadCheckpoint for what does
+    not fit, BadRecord and BadMedia for rows, Busy for a folder in use, NexusError where a step, a checkpoint or another
+    process fails; what was whole stays so.
     """
     chosen = tuple(recipe.stages if stages is None else (recipe.stage(name) for name in stages))
     if not chosen:
@@ -111,13 +112,14 @@ def train(
         identity = json.loads(ranks.hear(json.dumps(_identity(run, place) if ranks.rank == 0 else None)))
         run.agreed(lambda: _begin_or_continue(run, identity))
         if not (out / "run.json").is_file():
+            guard = None if gate is None else gate(ranks)
             source = init
             for stage in chosen:
                 folder = out / "stages" / stage.name
                 if not folder.is_dir():
-                    batches = feed(stage, ranks.rank, ranks.world)
+                    batches = feed(stage, ranks)
                     known = {**identity, "data": batches.fingerprint}
-                    _learn(run, Work(recipe, stage, source, out, batches, gate, ranks, place, known), folder)
+                    _learn(run, Work(recipe, stage, source, out, batches, guard, ranks, place, known), folder)
                 source = folder
             run.agreed(lambda: _finish(run, identity))
         ranks.leave()
