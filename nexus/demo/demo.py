@@ -54,7 +54,7 @@ TOKENIZER_SENTENCES, TOKENIZER_PAIRS = 20_000, 6_000
 QUANTISER_SOUNDS = 1500
 FIRST_SOUNDS = 20
 WRITTEN = "state/written.part.json"  # the second process's answers
-EXAM_SECONDS = 70.0  # examination and report, whatever the scale
+EXAM_SECONDS = 80.0  # examination and report, whatever the scale
 VERSIONED = ("torch", "transformers", "tokenizers", "numpy", "espeakng-loader", "pocketsphinx")
 
 
