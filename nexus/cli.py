@@ -176,7 +176,9 @@ def _measures(add: Any) -> None:
 
     bench = add("bench", help="time our parts against published ones, side by side")
     bench.add_argument(
-        "names", nargs="*", help="decoder, hearing, gpu, alignment, voices, factory, training (default: all that can)"
+        "names",
+        nargs="*",
+        help="decoder hearing gpu alignment voices factory training evaluation (default: most)",
     )
     bench.add_argument("--reference", type=Path, metavar="FILE", help="the published alignment measures, to race them")
     bench.add_argument("--demo", type=Path, metavar="DIR", help="a finished demo, to compare voices on what it learned")

@@ -52,7 +52,7 @@ def learn(
     """
     _check(recipe, init)
     chosen = [stage.name for stage in recipe.stages] if stages is None else list(stages)
-    mute = [name for name in chosen if _speaks(recipe.stage(name)) and not _has_speech(recipe)]
+    mute = [name for name in chosen if _speaks(recipe.stage(name)) and not _has_speech(recipe, name)]
     if mute and stages is not None:
         raise BadConfig(
             f"stage {mute[0]} trains the voice, and no row has an answer with a sound; add some to data.train, name "
@@ -77,8 +77,12 @@ def _check(recipe: Recipe, init: Path) -> None:
     if data.noise is not None and data.root is None:
         raise BadConfig("data.noise is mixed into the recordings of data.root, which is not given; leave it out")
     read_config(init)
-    if isinstance(data.train, str) and data.train and not Path(data.train).is_file():
-        raise BadConfig(f"data.train: {data.train}: no such file; name a file of rows (see docs/data.md)")
+    for file in _files(recipe):
+        if not file.is_file():
+            raise BadConfig(f"data.train: {file}: no such file; name a file of rows (see docs/data.md)")
+    if isinstance(data.train, tuple):
+        for name in (name for source in data.train for name in source.stages):
+            recipe.stage(name)
 
 
 def _speaks(stage: StageConfig) -> bool:
@@ -86,24 +90,25 @@ def _speaks(stage: StageConfig) -> bool:
     return all(glob.startswith("voice.") for glob in stage.trainable)
 
 
-def _has_speech(recipe: Recipe) -> bool:
-    return recipe.data.prepared is not None or any(True for _ in _spoken_rows(recipe))
+def _has_speech(recipe: Recipe, stage: str) -> bool:
+    return recipe.data.prepared is not None or any(True for _ in _spoken_rows(recipe, stage))
 
 
-def _spoken_rows(recipe: Recipe) -> Iterator[tuple[Lines, int]]:
-    """The rows of the JSONL files that have an answer with a sound."""
-    for name in _files(recipe):
+def _spoken_rows(recipe: Recipe, stage: str) -> Iterator[tuple[Lines, int]]:
+    """The rows of a stage's JSONL files that have an answer with a sound."""
+    for name in _files(recipe, stage):
         if name.suffix != ".jsonl":
             continue
         lines = Lines(name)
         yield from ((lines, row) for row in range(len(lines)) if _is_spoken(lines[row]))
 
 
-def _files(recipe: Recipe) -> list[Path]:
+def _files(recipe: Recipe, stage: str | None = None) -> list[Path]:
+    """The files that a stage learns from; None: all."""
     named = recipe.data.train
     if isinstance(named, str):
         return [Path(named)] if named else []
-    return [Path(source.path) for source in named]
+    return [Path(one.path) for one in named if stage is None or not one.stages or stage in one.stages]
 
 
 def _is_spoken(sample: Sample) -> bool:
@@ -146,7 +151,7 @@ class _Feed:
     def _files(self, stage: StageConfig) -> list[Source]:
         data, (specs, _) = self.recipe.data, read_config(self.init)
         tokenizer = ChatTokenizer.load(self.init / "tokenizer.json")
-        own = sources(data, tokenizer, specs, self.out / "indexes")
+        own = sources(data, stage.name, tokenizer, specs, self.out / "indexes")
         if not data.replay:
             return own
         if data.replay == 1:
@@ -160,15 +165,17 @@ class _Feed:
         model = self.out / "stages" / self.chosen[self.chosen.index(stage.name) - 1]
         if stage.name == self.chosen[0]:
             model = self.init
-        lines = self._prepared(model) if data.prepared is None else open_prepared(Path(data.prepared), model)
+        lines = (
+            self._prepared(model, stage.name) if data.prepared is None else open_prepared(Path(data.prepared), model)
+        )
         return SpeechBatches(
             lines, data.audio_seconds_per_batch, SEED, stage.wrong_codes, stage.wrong_frames, rank, world
         )
 
-    def _prepared(self, model: Path) -> Prepared:
+    def _prepared(self, model: Path, stage: str) -> Prepared:
         """The spoken answers of the user's rows, and sentences in the initial model's own voice beside them."""
         folder = self.out / "prepared"
-        own = [(lines, row) for lines, row in _spoken_rows(self.recipe)]
+        own = [(lines, row) for lines, row in _spoken_rows(self.recipe, stage)]
         again = None
         if self.recipe.data.replay:
             again = ReplayedSpeech(self.init, self.out / "replay", SPOKEN_AGAIN, _processes(), self.progress)

@@ -23,6 +23,7 @@ from nexus.organs import Count, ModelConfig, Natural, Positive, Share, Strict
 from nexus.training import DataConfig, EngineConfig, GateConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+M = typing.TypeVar("M", bound=Strict)
 
 
 class OptimConfig(Strict):
@@ -168,16 +169,7 @@ class Recipe(Strict):
 
         Raises BadConfig naming file, key, expected and given.
         """
-        path = find_recipe(source)
-        try:
-            tree = read_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadConfig(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise BadConfig(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-        for change in overrides:
-            override(tree, change, cls, str(path))
-        return validate(cls, tree, str(path))
+        return read_settings(cls, find_recipe(source), overrides)
 
 
 class _Loader(yaml.SafeLoader):
@@ -189,7 +181,24 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str) -> Any:
+def read_settings(cls: type[M], path: Path | None, overrides: Sequence[str] = (), where: str = "") -> M:
+    """The settings of a YAML file (None: the defaults, called `where`) with `a.b=value` overrides.
+
+    Raises BadConfig naming file, key, expected and given.
+    """
+    named = where or str(path)
+    try:
+        tree = cls().model_dump(mode="json") if path is None else _read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadConfig(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise BadConfig(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
+    for change in overrides:
+        _override(tree, change, cls, named)
+    return validate(cls, tree, named)
+
+
+def _read_yaml(text: str) -> Any:
     """The tree of a YAML text, safe, with numbers as in YAML 1.2. Raises yaml.YAMLError."""
     loader = _Loader(text)
     try:
@@ -227,9 +236,6 @@ def code_digest() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-M = typing.TypeVar("M", bound=Strict)
 
 
 def validate(cls: type[M], tree: Any, where: str) -> M:
@@ -302,14 +308,14 @@ def _did_you_mean(name: str, known: Any) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def override(tree: dict[str, Any], change: str, cls: type[Strict], where: str) -> None:
+def _override(tree: dict[str, Any], change: str, cls: type[Strict], where: str) -> None:
     """Apply the change `a.b=value` in place; list items are named by index or by their `name`."""
     dotted, equals, text = change.partition("=")
     if not equals or not all(dotted.split(".")):
         raise BadConfig(f"--set {change}: expected KEY=VALUE, for example world.heard=1000")
     keys = dotted.split(".")
     try:
-        value = read_yaml(text)
+        value = _read_yaml(text)
     except yaml.YAMLError as error:
         raise BadConfig(f"--set {dotted}: {text!r} is no YAML value: {' '.join(str(error).split())}") from None
     at: Any = tree

@@ -15,11 +15,13 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class SourceConfig(Strict):
-    """One JSONL file among several: `weight` is its share of the rows drawn, `limit` the most rows taken of it."""
+    """One JSONL file among several: `weight` is its share of the rows drawn, `limit` the most rows taken of it, `stages`
+    those that learn from it (none named: all)."""
 
     path: Text
     weight: Positive = 1.0
     limit: Count | None = None
+    stages: tuple[str, ...] = ()
 
 
 class DataConfig(Strict):

@@ -16,7 +16,7 @@ from nexus.data.importing import Checked, check, import_
 from nexus.data.sources import sources
 from nexus.errors import BadConfig, BadRecord, NexusError
 from nexus.media import load
-from nexus.training import DataConfig
+from nexus.training import DataConfig, SourceConfig
 from nexus.types import Audio, Sample, Text, Turn
 
 SPECS = tiny_recipe().model
@@ -80,7 +80,7 @@ def test_cuts_are_rows_of_recognition_with_the_lengths_of_their_batches(
     assert source.lengths.audio_seconds.tolist() == [0.5] * 3
     shown = [Turn(turn.role, tuple(load(part) for part in turn.parts)) for turn in source[0].turns]
     assert len(render(shown, tiny_tokenizer(), SPECS).tokens) == source.lengths.tokens[0]
-    (found,) = sources(_config(path), tiny_tokenizer(), SPECS, tmp_path)
+    (found,) = sources(_config(path), "sft", tiny_tokenizer(), SPECS, tmp_path)
     assert isinstance(found, Cuts) and found.fingerprint == source.fingerprint
 
 
@@ -135,8 +135,17 @@ def test_without_lhotse_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_files_of_other_kinds_are_sent_to_the_importer(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="nexus data import"):
-        sources(_config(tmp_path / "rows.json"), tiny_tokenizer(), SPECS, tmp_path)
+        sources(_config(tmp_path / "rows.json"), "sft", tiny_tokenizer(), SPECS, tmp_path)
     with pytest.raises(BadConfig, match="names no file"):
-        sources(_config(tmp_path).model_copy(update={"train": ()}), tiny_tokenizer(), SPECS, tmp_path)
+        sources(_config(tmp_path).model_copy(update={"train": ()}), "sft", tiny_tokenizer(), SPECS, tmp_path)
     with pytest.raises(BadRecord, match="No such file"):
-        sources(_config(tmp_path / "rows.jsonl"), tiny_tokenizer(), SPECS, tmp_path)
+        sources(_config(tmp_path / "rows.jsonl"), "sft", tiny_tokenizer(), SPECS, tmp_path)
+
+
+def test_a_file_may_belong_to_some_stages(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"query": "what is red", "response": "a colour"}\n')
+    config = DataConfig(train=(SourceConfig(path=str(rows), stages=("align",)),))
+    assert len(sources(config, "align", tiny_tokenizer(), SPECS, tmp_path / "cache")) == 1
+    with pytest.raises(BadConfig, match="names no file for stage sft"):
+        sources(config, "sft", tiny_tokenizer(), SPECS, tmp_path / "cache")

@@ -393,6 +393,8 @@ def test_the_choices_of_the_voice_are_compared_on_a_finished_demo(finished: Path
     )
     again = bench(["voices"], tmp_path, said.append, tiny=True, demo=finished)["voices"]
     assert again["rows"] == result["rows"], "what was measured is kept"
+    cases = bench(["evaluation"], tmp_path, said.append, tiny=True, demo=finished)["evaluation"]["cases"]
+    assert len(cases) == 3 and all(case["ratio"] > 0 for case in cases)
     with pytest.raises(BadConfig, match="name its folder with --demo"):
         bench(["voices"], tmp_path, said.append, tiny=True)
     with pytest.raises(BadConfig, match="expected the folder of a finished demo"):

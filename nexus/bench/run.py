@@ -1,18 +1,17 @@
 """`nexus bench`: which benchmarks there are, and their results as files."""
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nexus.bench import alignment, decoder, factory, gpu, hearing, training, voices
+from nexus.bench import alignment, decoder, evaluation, factory, gpu, hearing, training, voices
 from nexus.bench.race import Say, machine
 from nexus.errors import BadConfig
+from nexus.results import write_json
 
-NAMES = ("decoder", "hearing", "gpu", "alignment", "voices", "factory", "training")
+NAMES = ("decoder", "hearing", "gpu", "alignment", "voices", "factory", "training", "evaluation")
 
 
 def run(
@@ -37,11 +36,15 @@ def run(
         gpu.check()
     if "alignment" in names and reference is None:
         raise BadConfig("alignment is timed against the published measures: name a copy of their file with --reference")
-    if "voices" in names and demo is None:
-        raise BadConfig("voices are compared on what a demo has learned: name its folder with --demo")
-    if demo is not None:
-        voices.check(demo)
-    can = {"gpu": torch.cuda.is_available(), "alignment": reference is not None, "voices": demo is not None}
+    for name in ("voices", "evaluation"):
+        if name in names and demo is None:
+            raise BadConfig(f"{name}: measured on what a demo has learned, name its folder with --demo")
+    can = {
+        "gpu": torch.cuda.is_available(),
+        "alignment": reference is not None,
+        "voices": False,  # forty minutes: where it is asked for by name
+        "evaluation": demo is not None,
+    }
     chosen = names or [name for name in NAMES if can.get(name, True)]
     if out.exists() and not out.is_dir():
         raise BadConfig(f"{out} is a file, results go into a folder; name another with --out")
@@ -53,6 +56,7 @@ def run(
         "alignment": lambda: alignment.bench(alignment.TINY if tiny else alignment.FULL, reference or Path(), say),
         "factory": lambda: factory.bench(factory.TINY if tiny else factory.FULL, say),
         "training": lambda: training.bench(training.TINY if tiny else training.FULL, say),
+        "evaluation": lambda: evaluation.bench(evaluation.TINY if tiny else evaluation.FULL, demo or Path(), say),
         "voices": lambda: voices.bench(
             voices.TINY if tiny else voices.FULL, demo or Path(), out / "voices.rows.jsonl", say
         ),
@@ -61,13 +65,6 @@ def run(
     for name in chosen:
         about = machine()
         results[name] = {"name": name, "tiny": tiny, "machine": about, **makers[name]()}
-        _write(out / f"{name}.json", results[name])
+        write_json(out / f"{name}.json", results[name])
         say(f"{out / name}.json written")
     return results
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(unfinished, path)

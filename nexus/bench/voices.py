@@ -5,7 +5,6 @@ values, on the demo's own language states, and reads the held-out sentences alou
 This takes about two minutes for each variant and seed. What was measured is kept, so a run that was stopped goes on.
 """
 
-import io
 import json
 import statistics
 import time
@@ -20,16 +19,12 @@ from nexus.bench.race import Say, Settings
 from nexus.data.chat import task_turns
 from nexus.data.prepared import Line, speech_batch
 from nexus.demo import stages
-from nexus.demo.demo import prepare
+from nexus.demo.demo import reopened
 from nexus.demo.evaluate import MAX_SECONDS, MAX_TOKENS, Exam
 from nexus.demo.lab import Lab
-from nexus.demo.run import Run
-from nexus.errors import BadConfig
 from nexus.eval.scores import word_error_rate
-from nexus.model.folder import read_config
 from nexus.model.omni import OmniModel
-from nexus.progress import Progress
-from nexus.recipe import Recipe, StageConfig, validate
+from nexus.recipe import StageConfig
 from nexus.respond import OmniResponder, load
 from nexus.train.loop import Pace, fit
 from nexus.train.parallel import Ranks
@@ -67,15 +62,9 @@ class _Silent:
         """Nothing: a line a variant is enough."""
 
 
-def check(demo: Path) -> None:
-    """Raises BadConfig for a folder that holds no finished demo."""
-    if not (demo / "report.json").is_file():
-        raise BadConfig(f"{demo}: expected the folder of a finished demo; make one with `nexus demo --out {demo}`")
-
-
 def bench(trial: Trial, demo: Path, kept: Path, say: Say) -> dict[str, Any]:
     """Every variant and seed, and their means; `kept` is a file of finished rows."""
-    home = _home(demo)
+    home = reopened(demo)
     learned = load(demo / "model").model.state_dict()
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
     done = {(row["variant"], row["seed"], row["steps"]) for row in rows}
@@ -95,15 +84,6 @@ def bench(trial: Trial, demo: Path, kept: Path, say: Say) -> dict[str, Any]:
                 file.write(json.dumps(row) + "\n")
             say(f"{name}, seed {seed}: word error rate {row['wer']:.3f}, held-out loss {row['held_out_loss']:.3f}")
     return {"trial": {"steps": trial.steps, "rows": trial.rows}, "rows": rows, "variants": _means(rows)}
-
-
-def _home(demo: Path) -> Lab:
-    """The lab of a finished demo."""
-    check(demo)
-    recipe = validate(Recipe, read_config(demo / "model")[1]["recipe"], f"{demo / 'model'}: recipe")
-    run = Run(recipe, demo, recipe.minutes, Progress(io.StringIO()), time.perf_counter())
-    run.plan = json.loads((demo / "plan.json").read_text(encoding="utf-8"))
-    return prepare(run)
 
 
 def _try(

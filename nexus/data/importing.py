@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
 from nexus.data.chat import ChatTokenizer
 from nexus.data.cuts import ENDING, import_cuts
@@ -27,6 +27,7 @@ from nexus.errors import BadConfig, BadMedia, BadRecord, NexusError
 from nexus.media import load
 from nexus.organs import ModelConfig
 from nexus.processes import in_processes
+from nexus.results import whole
 from nexus.source import DEFAULT, Limits
 from nexus.types import Audio, MediaKind, Part, Sample, Turn
 
@@ -119,7 +120,7 @@ def _cuts(file: Path, out: Path, bad: TOLD, told: Callable[[int], None] | None) 
         num_bad += 1
         bad(line, reason)
 
-    with _whole(out) as written:
+    with _written(out) as written:
         for row, seconds in import_cuts(file, _media_folder(out), out.absolute().parent, listed):
             written.write(row + "\n")
             good, heard = good + 1, heard + seconds
@@ -149,7 +150,7 @@ def _run(look: "_Look", bad: TOLD, processes: int, told: Callable[[int], None] |
         spans = list(_spans(lines))
         if not spans:
             raise BadRecord(f"{look.file}: holds no rows, expected one JSON object a line; name another file")
-        written = stack.enter_context(_whole(look.out)) if look.out is not None else None
+        written = stack.enter_context(_written(look.out)) if look.out is not None else None
         several = processes > 1 and len(spans) > 1
         pieces: Iterable[list[_Seen]] = in_processes(look, spans, processes, 1) if several else map(look, spans)
         for piece in pieces:
@@ -307,16 +308,9 @@ def _as_lines(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[IO[str]]:
+def _written(path: Path) -> Iterator[TextIO]:
     """A text file that is there as a whole in the end, or not at all. Raises BadConfig where it cannot be written."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise BadConfig(f"{path}: cannot be written ({error.strerror}); name a file in an existing folder") from None
-    try:
-        with file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if not path.parent.is_dir():
+        raise BadConfig(f"{path}: cannot be written, there is no folder {path.parent}; make it first")
+    with whole(path) as file:
+        yield file

@@ -14,18 +14,23 @@ from nexus.training import DataConfig, SourceConfig
 
 def sources(
     config: DataConfig,
+    stage: str,
     tokenizer: ChatTokenizer,
     specs: ModelConfig,
     cache: Path,
     told: Callable[[str, int], None] | None = None,
 ) -> list[Source]:
-    """One source per file of `data.train`: JSONL, or lhotse's cuts. Indexes are kept in the folder `cache`.
+    """One source per file of `data.train` for a stage: JSONL, or lhotse's cuts. Indexes are kept in the folder `cache`.
 
     `told(file, rows)` is called while a file is measured. Raises BadConfig, BadRecord and BadMedia.
     """
-    files = (SourceConfig(path=config.train),) if isinstance(config.train, str) else config.train
+    named = (SourceConfig(path=config.train),) if isinstance(config.train, str) else config.train
+    files = [file for file in named if not file.stages or stage in file.stages]
     if not files:
-        raise BadConfig("data.train: names no file, expected one of rows; give --set data.train=FILE.jsonl")
+        raise BadConfig(
+            f"data.train: names no file for stage {stage}, expected one of rows; give --set data.train=FILE.jsonl, or "
+            "leave the stage out with --stages"
+        )
     return [_source(file, tokenizer, specs, cache, told) for file in files]
 
 

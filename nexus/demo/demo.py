@@ -24,17 +24,18 @@ from nexus.demo.evaluate import Answers, Exam, Sat, first_sound_seconds
 from nexus.demo.lab import Lab
 from nexus.demo.mandarin import pairs
 from nexus.demo.rows import HEARD_TASKS, SILENT_TASKS, check_mixture, film_words, tokenizer_texts
-from nexus.demo.run import Run, count, write_json
+from nexus.demo.run import Run, count
 from nexus.demo.show import model_card, write_demo_report
 from nexus.demo.world import World
 from nexus.engines.speak import Espeak, Voice
 from nexus.errors import BadConfig
-from nexus.model.folder import save_model
+from nexus.model.folder import read_config, save_model
 from nexus.model.omni import OmniModel
 from nexus.organs import RVQConfig
 from nexus.progress import MemoryWatch, Progress
-from nexus.recipe import Recipe, StageConfig
+from nexus.recipe import Recipe, StageConfig, validate
 from nexus.respond import OmniResponder
+from nexus.results import write_json
 from nexus.train.parallel import Ranks
 from nexus.train.stage import trainable_names
 from nexus.train.standins import CharacterCTC
@@ -72,7 +73,7 @@ def run_demo(
             finished: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
             return finished
         run.memory = memory
-        lab = prepare(run)
+        lab = _prepare(run)
         exam = Exam(lab, run.plan["threads"])
         untrained = _untrained(run, lab, exam)
         records, before, sat = _learn(run, lab, exam)
@@ -107,7 +108,17 @@ def _check(recipe: Recipe) -> None:
     plan(World(world.seed), world)
 
 
-def prepare(run: Run) -> Lab:
+def reopened(out: Path) -> Lab:
+    """The lab of a finished demo, its model untrained. Raises BadConfig for a folder that holds none."""
+    if not (out / "report.json").is_file():
+        raise BadConfig(f"{out}: expected the folder of a finished demo; make one with `nexus demo --out {out}`")
+    recipe = validate(Recipe, read_config(out / "model")[1]["recipe"], f"{out / 'model'}: recipe")
+    run = Run(recipe, out, recipe.minutes, Progress(io.StringIO()), time.perf_counter())
+    run.plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    return _prepare(run)
+
+
+def _prepare(run: Run) -> Lab:
     """Corpus, tokenizer and an untrained model."""
     recipe, config = run.recipe, run.recipe.world
     assert config is not None
@@ -206,7 +217,7 @@ def _second_rank(progress: Progress, recipe: Recipe, out: Path, minutes: float, 
     """The second process of stages 1 to 3: same model, rows of its own, nothing to show or to keep."""
     run = Run(recipe, out, minutes, Progress(io.StringIO()), time.perf_counter())
     run.plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-    lab = prepare(run)
+    lab = _prepare(run)
     _eyes_and_mind(run, lab)
     _, _, spelling = _voice_box_and_ears(run, lab)
     ranks = Ranks.join(1, 2, meeting)
@@ -278,7 +289,7 @@ def _second_track(progress: Progress, recipe: Recipe, out: Path, minutes: float,
     """Track two in a process of its own; the folder is held by the first. Both read one clock."""
     run = Run(recipe, out, minutes, progress, begun, earlier=earlier)
     run.plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
-    _voice_box_and_ears(run, prepare(run))
+    _voice_box_and_ears(run, _prepare(run))
 
 
 def _sit(run: Run, lab: Lab, exam: Exam, ranks: Ranks) -> Sat:

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from nexus.errors import BadConfig, Busy
+from nexus.errors import BadConfig
 from nexus.model.folder import load_weights
 from nexus.model.omni import OmniModel
 from nexus.progress import MemoryWatch, Progress
 from nexus.recipe import Recipe, StageConfig, code_digest
+from nexus.results import hold, write_json
 from nexus.train.loop import ALONE, Pace, bf16_is_faster, fit
 from nexus.train.parallel import Ranks
 from nexus.train.stage import freeze, frozen_digest
@@ -67,20 +68,7 @@ class Run:
 
         Raises Busy when another process holds it, BadConfig when it belongs to another run or is no demo folder.
         """
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / ".lock").is_file():
-            raise BadConfig(f"{self.out} exists and holds something else; give another --out")
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = open(self.out / ".lock", "w")  # noqa: SIM115 - held, and released, by the block below
-        except OSError as error:
-            raise BadConfig(
-                f"{self.out}: cannot be used as a result folder: {error.strerror}; give another --out"
-            ) from None
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy(f"{self.out} is in use by another demo; wait for it or give another --out") from None
+        with hold(self.out):
             self._begin_or_continue()
             yield
 
@@ -229,10 +217,3 @@ def cpu_seconds() -> float:
     """Processor time of this process and its finished children."""
     spent = os.times()
     return spent.user + spent.system + spent.children_user + spent.children_system
-
-
-def write_json(path: Path, tree: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)

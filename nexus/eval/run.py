@@ -4,10 +4,8 @@ Answers are kept batch by batch as they come. A run that was killed goes on behi
 same report.json and items.jsonl, byte for byte; what differs between equal runs (times, host) stands in run.json.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import nexus
-from nexus.errors import BadConfig, Busy
+from nexus.errors import BadConfig
 from nexus.eval.judge import Judge
 from nexus.eval.page import write_page
 from nexus.eval.recognisers import Recogniser, recogniser_of
@@ -32,7 +30,8 @@ from nexus.eval.suites.tasks import Item, Suite, suite_of, suites_of
 from nexus.media import load, write_wav
 from nexus.progress import Progress
 from nexus.recipe import code_digest
-from nexus.types import Audio, Sample
+from nexus.results import hold, write_whole
+from nexus.types import Audio
 
 if TYPE_CHECKING:
     from nexus.engines.speaker import SpeakerModel  # brings transformers, which only speaker similarity needs
@@ -259,23 +258,6 @@ def _check_ids(suites: Sequence[Suite], responder: Responder) -> None:
         responder.check(suite.ids)
 
 
-def throughput(responder: Responder, samples: Sequence[Sample], rows: int) -> dict[str, float]:
-    """Samples per second asked one by one and `rows` at a time, and the gain; the responder must take that many."""
-    began = time.perf_counter()
-    for sample in samples:
-        responder.answer([sample], speak=False)
-    alone = time.perf_counter() - began
-    began = time.perf_counter()
-    for start in range(0, len(samples), rows):
-        responder.answer(samples[start : start + rows], speak=False)
-    together = time.perf_counter() - began
-    return {
-        "one_by_one_per_second": len(samples) / alone,
-        "batched_per_second": len(samples) / together,
-        "gain": alone / together,
-    }
-
-
 # The result folder
 
 
@@ -290,9 +272,7 @@ class _Folder:
         self._began = time.time()
 
     def write(self, name: str, text: str) -> None:
-        part = self.path / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path / name)
+        write_whole(self.path / name, text)
 
     def begin(self) -> None:
         """Say in run.json whose folder this is, before anything is kept in it."""
@@ -318,20 +298,7 @@ class _Folder:
 @contextmanager
 def _opened(out: Path, card: dict[str, Any], named: Mapping[str, Any]) -> Iterator[_Folder]:
     """Hold the folder: begin anew, or continue what was begun there with the same card and code."""
-    if out.exists() and not out.is_dir():
-        raise BadConfig(f"{out}: expected a result folder, given a file; give another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / ".lock").is_file():
-        raise BadConfig(f"{out}: exists and holds something else; give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 - held, and released, by the block below
-    except OSError as error:
-        raise BadConfig(f"{out}: cannot be used as a result folder: {error.strerror}; give another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{out} is in use by another evaluation; wait for it or give another --out") from None
+    with hold(out):
         path = out / "run.json"
         if path.is_file():
             _refuse_others(out, {**card, "code": code_digest()}, json.loads(path.read_text(encoding="utf-8")))

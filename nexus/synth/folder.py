@@ -1,17 +1,16 @@
 """The result folder of a run: held by one process, begun once, continued by the same recipe, steps and code alone."""
 
-import fcntl
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import nexus
-from nexus.errors import BadConfig, Busy
+from nexus.errors import BadConfig
+from nexus.results import hold, write_json
 
 SHOWN = 60  # characters of a setting in a message
 
@@ -54,8 +53,7 @@ class Folder:
 
     def _note(self, finished: float | None, **more: Any) -> None:
         run = {**self._run, "began": self._began, "finished": finished, **more}
-        with whole(self.path / "run.json") as file:
-            file.write(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.path / "run.json", run)
 
     def _refuse_others(self, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
         new, old = _flat(mine), _flat(theirs)
@@ -71,30 +69,8 @@ class Folder:
 @contextmanager
 def held(out: Path) -> Iterator[Folder]:
     """Hold a folder, new or begun by a run. Raises BadConfig for one that is neither, Busy for one in use."""
-    if out.exists() and not out.is_dir():
-        raise BadConfig(f"{out}: expected a result folder, given a file; give another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / ".lock").is_file():
-        raise BadConfig(f"{out}: exists and holds something else; give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")  # noqa: SIM115 - held, and released, by the block below
-    except OSError as error:
-        raise BadConfig(f"{out}: cannot be used as a result folder: {error.strerror}; give another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{out} is in use by another run; wait for it or give another --out") from None
+    with hold(out):
         yield Folder(out)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[TextIO]:
-    """A text file to write that takes its place when it is whole."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        yield file
-    os.replace(part, path)
 
 
 def _flat(tree: Any, key: str = "") -> dict[str, Any]:

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from nexus.errors import BadConfig
 from nexus.organs import Count, Share, Strict
-from nexus.recipe import override, read_yaml, validate
+from nexus.recipe import read_settings
 from nexus.synth.assemble import AssembleConfig
 from nexus.synth.augment import AugmentConfig
 from nexus.synth.read import SourceConfig
@@ -108,16 +107,7 @@ class SynthRecipe(Strict):
 
         Raises BadConfig naming file, key, expected and given.
         """
-        path = _find(source)
-        try:
-            tree = read_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadConfig(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise BadConfig(f"{path}: expected a mapping of sections, found {type(tree).__name__}")
-        for change in overrides:
-            override(tree, change, cls, str(path))
-        return validate(cls, tree, str(path))
+        return read_settings(cls, _find(source), overrides)
 
 
 def _find(source: str | Path) -> Path:

@@ -16,9 +16,10 @@ from typing import Any, TextIO
 from nexus.errors import BadConfig
 from nexus.progress import Progress
 from nexus.recipe import code_digest, validate
+from nexus.results import whole, write_json
 from nexus.synth import assemble, recordings
 from nexus.synth.assemble import Assemble, row_line
-from nexus.synth.folder import held, whole
+from nexus.synth.folder import held
 from nexus.synth.journal import Journal, Line, lines_of, sound_name
 from nexus.synth.pipeline import Outcome, Pipeline, judge
 from nexus.synth.produce import Patience, Workers, produce
@@ -174,8 +175,7 @@ def _concluded(
         main.report["recordings"] = {key: value for key, value in results[1].report.items() if key != "card"}
         main = replace(main, recordings=results[1])
     for result in results:
-        with whole(result.folder / "report.json") as file:
-            file.write(json.dumps(result.report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_json(result.folder / "report.json", result.report)
     return main
 
 

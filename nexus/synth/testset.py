@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import soundfile
-import yaml
 from pydantic import Field, model_validator
 
 from nexus.data.records import read_record
@@ -30,7 +29,8 @@ from nexus.errors import BadConfig, BadMedia, BadRecord
 from nexus.media import load_audio
 from nexus.organs import Count, Natural, Positive, Strict
 from nexus.progress import Progress
-from nexus.recipe import fingerprint, override, read_yaml, validate
+from nexus.recipe import fingerprint, read_settings
+from nexus.results import write_whole
 from nexus.synth.augment import Line, over, overlapped
 from nexus.synth.duplicates import comparable
 from nexus.synth.noise import RATE_HZ, Clip, Surroundings, at_snr, excerpt, in_room, surroundings
@@ -101,16 +101,7 @@ class AsrSetConfig(Strict):
 
         Raises BadConfig naming file, key, expected and given.
         """
-        where = "testset" if path is None else str(path)
-        try:
-            tree = cls().model_dump(mode="json") if path is None else read_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise BadConfig(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(tree, dict):
-            raise BadConfig(f"{path}: expected a mapping of settings, found {type(tree).__name__}")
-        for change in overrides:
-            override(tree, change, cls, where)
-        return validate(cls, tree, where)
+        return read_settings(cls, path, overrides, "testset" if path is None else "")
 
 
 @dataclass(frozen=True)
@@ -377,9 +368,7 @@ def _claim(out: Path, card: str) -> None:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, text)
 
 
 def _counts(manifest: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 Frozen weights are copied, not written again, so they are the same bit for bit whatever type training computed in.
 """
 
-import json
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -116,10 +115,3 @@ def _body(card: str) -> str:
     if card.startswith("---\n"):
         card = card.partition("\n---\n")[2]
     return "\n".join(f"##{line}" if line.startswith("#") else line for line in card.strip().split("\n"))
-
-
-def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)

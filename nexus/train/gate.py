@@ -6,7 +6,6 @@ the paired interval of its change is above what may be lost, so a few items alon
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -19,6 +18,7 @@ from torch import nn
 from nexus.errors import BadConfig, NexusError
 from nexus.model.omni import OmniModel
 from nexus.recipe import StageConfig
+from nexus.results import write_whole
 from nexus.train.plan import CONTENTS
 from nexus.train.stage import frozen_digest, trainable_names
 from nexus.training import GateConfig
@@ -184,9 +184,7 @@ class Gate:
         assert self._stage is not None
         path = self._path(self._stage)
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(self._book) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(self._book) + "\n")
 
 
 def _complaint(worst: Change, stage: StageConfig, model: nn.Module, step: int, others: Sequence[str]) -> str:

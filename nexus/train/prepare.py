@@ -31,6 +31,7 @@ from nexus.model.omni import OmniModel
 from nexus.organs import ModelConfig
 from nexus.progress import Progress
 from nexus.recipe import code_digest, fingerprint
+from nexus.results import write_whole
 from nexus.source import Limits
 from nexus.train.voice import weight_fingerprints
 from nexus.types import Audio, Part, Sample, Turn
@@ -437,13 +438,7 @@ def _finish(out: Path, identity: dict[str, Any], count: int, made: int, found: i
     lines = sum(len(shard["frames"]) for shard in shards)
     for left in out.glob(".shard-*"):  # of processes that were killed while they wrote
         left.unlink(missing_ok=True)
-    _write(out / REJECTS, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rejected))
+    write_whole(out / REJECTS, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rejected))
     index = {"format": FORMAT, "identity": identity, "lines": lines, "rejected": len(rejected), "shards": shards}
-    _write(out / INDEX, json.dumps(index) + "\n")
+    write_whole(out / INDEX, json.dumps(index) + "\n")
     return Outcome(True, lines, len(rejected), made, found)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -6,7 +6,6 @@ depend on is written into every checkpoint: while it is the same, the steps that
 followed, bit for bit on a CPU.
 """
 
-import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -19,16 +18,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from nexus.errors import BadConfig, Busy, NexusError
+from nexus.errors import BadConfig, NexusError
 from nexus.model.folder import read_config, weight_files
 from nexus.model.omni import OmniModel
 from nexus.progress import Progress
 from nexus.recipe import Recipe, StageConfig, code_digest, fingerprint
-from nexus.train.export import write_card, write_json
+from nexus.results import hold, write_json
+from nexus.train.export import write_card
 from nexus.train.loader import Batches
 from nexus.train.parallel import Ranks
 from nexus.train.sharding import Place, threads
@@ -200,24 +200,14 @@ def _held(run: _Run) -> Iterator[None]:
 
     Raises Busy when another run holds it, BadConfig when it holds something else or cannot be written.
     """
-    out = run.out
-    lock: Any = None
+    lock: TextIO | None = None
 
-    def hold() -> None:
+    def take() -> None:
         nonlocal lock
-        if out.is_dir() and any(out.iterdir()) and not (out / ".lock").is_file():
-            raise BadConfig(f"{out} exists and holds something else; give another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock = open(out / ".lock", "w")  # noqa: SIM115 - held, and released, by this function
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Busy(f"{out} is in use by another run; wait for it or give another --out") from None
-        except OSError as error:
-            raise BadConfig(f"{out}: cannot be used as a result folder: {error.strerror}; give another --out") from None
+        lock = hold(run.out)
 
     try:
-        run.agreed(hold)
+        run.agreed(take)
         yield
     finally:
         if lock is not None:
