@@ -60,7 +60,12 @@ def learn(
         )
     for name in mute:
         progress.say(f"{name}: left out, no row has an answer with a sound")
-    chosen = [name for name in chosen if name not in mute]
+    deaf = [name for name in chosen if _hears(recipe.stage(name)) and not _has_sound(recipe, name)]
+    if deaf and stages is not None:
+        raise BadConfig(f"stage {deaf[0]} trains hearing alone, and no row has a sound; leave the stage out")
+    for name in deaf:
+        progress.say(f"{name}: left out, no row has a sound")
+    chosen = [name for name in chosen if name not in (*mute, *deaf)]
     feed = _Feed(recipe, init, out, chosen, progress)
     gate = None if recipe.gate is None else lambda ranks: _gate(recipe, init, out, ranks, progress)
     return train(recipe, init, out, feed, stages=chosen, gate=gate, allow_inexact=allow_inexact, progress=progress)
@@ -88,6 +93,22 @@ def _check(recipe: Recipe, init: Path) -> None:
 def _speaks(stage: StageConfig) -> bool:
     """Whether a stage trains the voice, which learns from prepared speech."""
     return all(glob.startswith("voice.") for glob in stage.trainable)
+
+
+def _hears(stage: StageConfig) -> bool:
+    """Whether a stage trains nothing but hearing."""
+    return all(glob.startswith("hearing.") for glob in stage.trainable)
+
+
+def _has_sound(recipe: Recipe, stage: str) -> bool:
+    """Whether something is heard: recordings, what is replayed, cuts, or rows that ask with a sound."""
+    files = _files(recipe, stage)
+    if recipe.data.root is not None or recipe.data.replay or any(file.suffix != ".jsonl" for file in files):
+        return True
+    rows = (lines[row] for lines in map(Lines, files) for row in range(len(lines)))
+    return any(
+        isinstance(part, Audio) for row in rows for turn in row.turns if turn.role == "user" for part in turn.parts
+    )
 
 
 def _has_speech(recipe: Recipe, stage: str) -> bool:
@@ -154,8 +175,6 @@ class _Feed:
         own = sources(data, stage.name, tokenizer, specs, self.out / "indexes")
         if not data.replay:
             return own
-        if data.replay == 1:
-            raise BadConfig("data.replay: 1 leaves no row for data.train; give a share below 1")
         lab = retold(self.init, self.out / "replay", UTTERANCES, _processes(), self.progress)
         share = data.replay / (1 - data.replay) * sum(source.weight for source in own)
         return [*own, Replay(lab, stage.name, UTTERANCES * ROWS_PER_UTTERANCE, share)]

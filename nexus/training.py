@@ -15,8 +15,8 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class SourceConfig(Strict):
-    """One JSONL file among several: `weight` is its share of the rows drawn, `limit` the most rows taken of it, `stages`
-    those that learn from it (none named: all)."""
+    """One JSONL file among several: `weight` is its share of the rows drawn, `limit` the most rows taken of it,
+    `stages` those that learn from it (none named: all)."""
 
     path: Text
     weight: Positive = 1.0

@@ -49,7 +49,7 @@ def test_own_rows_train_all_stages_and_leave_a_model_that_answers(init: Path, tm
     [
         ((), "names no data"),
         (("--set=data.train=nowhere.jsonl",), "nowhere.jsonl: no such file"),
-        ((*own(1.0),), "leaves no row"),
+        ((*own(1.0),), "less than 1"),
         ((*own(0.0), "--set=data.root=x"), "are both given"),
         ((*own(0.0), "--set=data.noise=x"), "data.noise"),
         ((*own(0.0), "--stages=nothing"), "no stage 'nothing'"),
@@ -73,7 +73,9 @@ def test_rows_without_sound_leave_the_voice_alone_and_say_so(
     assert train(init, tmp_path / "asked", *typed, "--stages=speak") == 2
     assert "no row has an answer with a sound" in capsys.readouterr().err
     assert train(init, tmp_path / "out", *typed) == 0
-    assert "speak: left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "speak: left out" in said and "align: left out, no row has a sound" in said
+    assert list(json.loads((tmp_path / "out" / "run.json").read_text())["stages"]) == ["sft"]
 
 
 @pytest.mark.slow

@@ -115,8 +115,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
 ) -> None:
     recipe, mended = recipe_for("engine.checkpoint_every_steps=4"), tmp_path / "mended"
 
-    def breaking(stage: StageConfig, rank: int, world: int) -> Batches:
-        return Breaking(("ait", "t"), rank, world, mended=mended)
+    def breaking(stage: StageConfig, ranks: Ranks) -> Batches:
+        return Breaking(("ait", "t"), ranks.rank, ranks.world, mended=mended)
 
     with pytest.raises(BadRecord, match=r"stage sft: batch 13: train.jsonl:7: has no turns; .*step-00000012 is whole"):
         train(recipe, init, tmp_path / "out", breaking)
@@ -240,8 +240,8 @@ def test_changed_data_or_code_or_model_under_a_run_is_refused_and_may_be_allowed
 ) -> None:
     out, recipe = stopped(init, tmp_path), recipe_for("engine.checkpoint_every_steps=4")
 
-    def other(stage: StageConfig, rank: int, world: int) -> Rows:
-        return Rows(("ait", "t"), rank, world, fingerprint="other rows")
+    def other(stage: StageConfig, ranks: Ranks) -> Rows:
+        return Rows(("ait", "t"), ranks.rank, ranks.world, fingerprint="other rows")
 
     with pytest.raises(BadConfig, match=r"another data \(there rows, now other rows\)"):
         train(recipe, init, out, other)
@@ -320,7 +320,7 @@ def test_a_folder_of_something_else_or_of_a_running_run_is_refused(init: Path, t
     with pytest.raises(BadConfig, match="holds something else"):
         train(recipe_for(), init, tmp_path, feed)
 
-    def again(stage: StageConfig, rank: int, world: int) -> Rows:
+    def again(stage: StageConfig, ranks: Ranks) -> Rows:
         train(recipe_for(), init, tmp_path / "out", feed)
         raise AssertionError("a second run took the folder")
 

@@ -311,6 +311,6 @@ def _as_lines(path: Path) -> Iterator[Path]:
 def _written(path: Path) -> Iterator[TextIO]:
     """A text file that is there as a whole in the end, or not at all. Raises BadConfig where it cannot be written."""
     if not path.parent.is_dir():
-        raise BadConfig(f"{path}: cannot be written, there is no folder {path.parent}; make it first")
+        raise BadConfig(f"{path}: cannot be written, there is no {path.parent}; name a file in an existing folder")
     with whole(path) as file:
         yield file

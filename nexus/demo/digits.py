@@ -17,7 +17,6 @@ from nexus.data.headers import lengths_of, row_length
 from nexus.data.mixture import Source
 from nexus.data.stream import Lengths
 from nexus.demo.replay import ROWS_PER_UTTERANCE, UTTERANCES, Replay, retold
-from nexus.errors import BadConfig
 from nexus.media import resample
 from nexus.model.folder import read_config
 from nexus.organs import ModelConfig
@@ -59,8 +58,6 @@ def digit_sources(
     digits = VariedDigits(folder, tokenizer, specs, SEED, around, 1 - data.replay)
     if not data.replay:
         return [digits]
-    if data.replay == 1:
-        raise BadConfig("data.replay: 1 leaves no row for data.root; give a share below 1, 0.5 keeps what is known")
     lab = retold(init, out / "replay", UTTERANCES, processes, progress)
     return [digits, Replay(lab, stage, UTTERANCES * ROWS_PER_UTTERANCE, data.replay)]
 

@@ -107,7 +107,11 @@ class OmniModel(nn.Module):
         targets = batch.labels[:, 1:]  # the one place where labels are shifted
         rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
         logits = self.language.logits(hidden[rows, columns])  # only where a label exists: [n, V]
-        return {"text": nn.functional.cross_entropy(logits.float(), targets[rows, columns].to(logits.device))}
+        loss = nn.functional.cross_entropy(logits.float(), targets[rows, columns].to(logits.device))
+        silent = (targets == IGNORE).all(1)
+        if bool(silent.any()):  # rows that teach nothing: the organs they run through have a gradient, of zeros
+            loss = loss + 0.0 * hidden[silent.to(hidden.device)].float().sum()
+        return {"text": loss}
 
     def _for_voice(self, script: Script) -> Script:
         """A script in the voice's own place and type of numbers."""

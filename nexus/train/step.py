@@ -62,13 +62,14 @@ class Steps:
 
     def _learn(self, batch: Batch | SpeechBatch, together: Load, share: float, last: bool) -> dict[str, Tensor]:
         """Losses of a micro-batch by name, behind its backward pass."""
-        if self.place.kind == "fsdp" and isinstance(batch, Batch):
+        if self.ranks.world > 1 and isinstance(batch, Batch):
             batch = complete(batch, together, self.config)
         with summing(self.called, last):
             with self.place.products():
                 losses: dict[str, Tensor] = self.called(batch)
             loss = losses["speech" if isinstance(batch, SpeechBatch) else "text"]
-            (loss * (share * self.ranks.world)).backward()  # gradients are averaged over ranks
+            if loss.requires_grad:  # what a stage trains may have no part in this batch: sound, where all is typed
+                (loss * (share * self.ranks.world)).backward()  # gradients are averaged over ranks
         return {"loss": loss.detach(), **{name: value.detach() for name, value in losses.items()}}
 
 
