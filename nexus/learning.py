@@ -5,6 +5,7 @@ the initial model was made of. A stage that trains the voice learns from prepare
 one that is made here, with the model as the stage before it left it, of the answers in `data.train` that have a sound.
 """
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def learn(
     `stages` are those to train (default: all that the data have rows for). Raises as `nexus.train.run.train`, and
     BadConfig for data that no stage can learn from.
     """
+    if os.environ.get("RANK", "0") != "0":
+        progress = Progress(io.StringIO())  # one of several that torchrun started is enough to read
     _check(recipe, init)
     chosen = [stage.name for stage in recipe.stages] if stages is None else list(stages)
     mute = [name for name in chosen if _speaks(recipe.stage(name)) and not _has_speech(recipe, name)]

@@ -69,6 +69,8 @@ def wait_for_step(out: Path, step: int, processes: list[subprocess.Popen[str]]) 
         ("fsdp", "ti,a", ("stages.sft.checkpointing=true", "engine.accumulation=2", "stages.sft.steps=6")),
         ("fsdp", "t,ia", ("engine.lora={rank: 4}", "stages.sft.steps=6")),
         ("ddp", "t,a", ()),
+        ("fsdp", "t,a", ("stages.sft.trainable=['hearing.*']", "stages.sft.steps=6")),
+        ("ddp", "t,a", ("stages.sft.trainable=['hearing.*']", "stages.sft.steps=6")),
         ("ddp", "i,a", ("engine.accumulation=2", "stages.sft.steps=6")),
     ],
 )
