@@ -91,7 +91,9 @@ def _data(add: Any) -> None:
     synth.add_argument("--limit", type=int, metavar="N", help="only the first N rows of the sources")
     synth.add_argument("--executor", choices=("local", "ray"), default="local", help="where steps run (default local)")
     synth.add_argument("--workers", type=int, metavar="N", help="processes or actors (default: one per core)")
-    synth.add_argument("--sounds-from", type=Path, metavar="ROOT", help="review export: name sounds below ROOT")
+    synth.add_argument(
+        "--serve", type=Path, metavar="ROOT", help="review export: name sounds below ROOT, which is served"
+    )
     synth.add_argument("--address", metavar="ADDRESS", help="an existing Ray cluster")
     synth.add_argument("--json", action="store_true", help="print the report as JSON")
     synth.set_defaults(run=verbs.synth)

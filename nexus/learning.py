@@ -53,8 +53,8 @@ def learn(
     """
     if os.environ.get("RANK", "0") != "0":
         progress = Progress(io.StringIO())  # one of several that torchrun started is enough to read
-    _check(recipe, init)
     chosen = [stage.name for stage in recipe.stages] if stages is None else list(stages)
+    _check(recipe, init, chosen)
     mute = [name for name in chosen if _speaks(recipe.stage(name)) and not _has_speech(recipe, name)]
     if mute and stages is not None:
         raise BadConfig(
@@ -74,7 +74,7 @@ def learn(
     return train(recipe, init, out, feed, stages=chosen, gate=gate, allow_inexact=allow_inexact, progress=progress)
 
 
-def _check(recipe: Recipe, init: Path) -> None:
+def _check(recipe: Recipe, init: Path, chosen: Sequence[str]) -> None:
     data = recipe.data
     if not data.train and data.root is None and data.prepared is None:
         raise BadConfig(
@@ -85,9 +85,10 @@ def _check(recipe: Recipe, init: Path) -> None:
     if data.noise is not None and data.root is None:
         raise BadConfig("data.noise is mixed into the recordings of data.root, which is not given; leave it out")
     read_config(init)
-    for file in _files(recipe):
-        if not file.is_file():
-            raise BadConfig(f"data.train: {file}: no such file; name a file of rows (see docs/data.md)")
+    for stage in map(recipe.stage, chosen):
+        for file in () if _speaks(stage) and data.prepared is not None else _files(recipe, stage.name):
+            if not file.is_file():
+                raise BadConfig(f"data.train: {file}: no such file; name files of rows (see docs/data.md)")
     if isinstance(data.train, tuple):
         for name in (name for source in data.train for name in source.stages):
             recipe.stage(name)
@@ -127,12 +128,12 @@ def _spoken_rows(recipe: Recipe, stage: str) -> Iterator[tuple[Lines, int]]:
         yield from ((lines, row) for row in range(len(lines)) if _is_spoken(lines[row]))
 
 
-def _files(recipe: Recipe, stage: str | None = None) -> list[Path]:
-    """The files that a stage learns from; None: all."""
+def _files(recipe: Recipe, stage: str) -> list[Path]:
+    """The files that a stage learns from."""
     named = recipe.data.train
     if isinstance(named, str):
         return [Path(named)] if named else []
-    return [Path(one.path) for one in named if stage is None or not one.stages or stage in one.stages]
+    return [Path(one.path) for one in named if not one.stages or stage in one.stages]
 
 
 def _is_spoken(sample: Sample) -> bool:

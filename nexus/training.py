@@ -59,6 +59,7 @@ class EngineConfig(Strict):
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     # of the products; weights that are trained, their gradients and the optimiser's state are float32
     dtype: Literal["float32", "bfloat16"] = "float32"
+    rate_factor: Positive = 1.0  # on the rates of all stages: less where a trained model goes on
     accumulation: Count = 1  # micro-batches per rank and step
     compile: bool = False  # torch.compile of every layer
     checkpoint_every_steps: Count = 500

@@ -339,8 +339,8 @@ def _review(direction: str, folder: Path, files: list[Path], options: argparse.N
     if direction == "export":
         if files:
             raise BadConfig(f"{files[0]}: the tasks are written into {folder / 'review'}; name the folder alone")
-        playing: Literal["embedded", "local"] = "embedded" if options.sounds_from is None else "local"
-        count = export_queue(folder, playing, options.sounds_from)
+        playing: Literal["embedded", "local"] = "embedded" if options.serve is None else "local"
+        count = export_queue(folder, playing, options.serve)
         if not options.json:
             print(f"{count} tasks: {folder / 'review' / 'tasks.json'}, their form: labels.xml beside it")
         return {"tasks": count}

@@ -99,7 +99,8 @@ def train(
     not fit, BadRecord and BadMedia for rows, Busy for a folder in use, NexusError where a step, a checkpoint or another
     process fails; what was whole stays so.
     """
-    chosen = tuple(recipe.stages if stages is None else (recipe.stage(name) for name in stages))
+    named = recipe.stages if stages is None else [recipe.stage(name) for name in stages]
+    chosen = tuple(_paced(stage, recipe.engine.rate_factor) for stage in named)
     if not chosen:
         raise BadConfig(f"recipe {recipe.name} has no stages to train; give it some, or name another recipe")
     ranks = Ranks.launched()
@@ -125,6 +126,10 @@ def train(
         ranks.leave()
     finished: dict[str, Any] = json.loads((out / "run.json").read_text(encoding="utf-8"))
     return finished
+
+
+def _paced(stage: StageConfig, factor: float) -> StageConfig:
+    return stage.model_copy(update={"optim": stage.optim.model_copy(update={"rate": stage.optim.rate * factor})})
 
 
 def _learn(run: _Run, work: Work, folder: Path) -> None:
