@@ -20,8 +20,17 @@ from tiny import NARROW
 
 from nexus.bench.run import run as bench
 from nexus.cli import main
+from nexus.data.chat import ChatTokenizer
+from nexus.demo.corpus import plan, speak_set
+from nexus.demo.evaluate import Exam
+from nexus.demo.lab import Lab
+from nexus.demo.world import World
 from nexus.errors import BadConfig
-from nexus.recipe import Recipe
+from nexus.model.folder import load_model, read_config
+from nexus.model.omni import OmniModel
+from nexus.recipe import Recipe, validate
+from nexus.respond import OmniResponder
+from nexus.terminal import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 STANDINS, STAGES = ("codec", "sight", "backbone", "ears"), ("align", "sft", "speak")
@@ -336,38 +345,16 @@ def test_a_corpus_killed_while_it_is_spoken_is_completed(tmp_path: Path) -> None
     assert digests[0] == digests[1]
 
 
-def trained_demo() -> Path:
-    """A finished demo of the real size: the one NEXUS_DEMO names, that of the checkout, or one made now."""
-    folder = Path(os.environ.get("NEXUS_DEMO") or ROOT / "runs" / "demo")
-    if not (folder / "report.json").is_file():
-        subprocess.run([sys.executable, "-m", "nexus", "demo", "--out", str(folder)], check=True, cwd=ROOT)
-    return folder
-
-
 @pytest.mark.slow
-def test_speech_comes_from_the_trained_voice_alone() -> None:
+def test_speech_comes_from_the_trained_voice_alone(tmp_path: Path) -> None:
     """With the weights of the voice drawn anew, and nothing else changed, no right answer is heard any more."""
-    from nexus.data.chat import ChatTokenizer
-    from nexus.demo.corpus import Waves, plan
-    from nexus.demo.evaluate import Exam
-    from nexus.demo.lab import Lab
-    from nexus.demo.world import World
-    from nexus.model.folder import load_model, read_config
-    from nexus.model.omni import OmniModel
-    from nexus.recipe import validate
-    from nexus.respond import OmniResponder
-
-    folder = trained_demo()
-    report = read(folder / "report.json")
-    _, about = read_config(folder / "model")
-    recipe = validate(Recipe, about["recipe"], str(folder))
+    model, tokenizer = load_model(SHIPPED), ChatTokenizer.load(SHIPPED / "tokenizer.json")
+    recipe = validate(Recipe, read_config(SHIPPED)[1]["recipe"], str(SHIPPED))
     assert recipe.world is not None
     world = World(recipe.world.seed)
     plans = plan(world, recipe.world)
-    waves = {name: Waves(folder / "cache" / name, members) for name, members in plans.sets.items()}
-    model, tokenizer = load_model(folder / "model"), ChatTokenizer.load(folder / "model" / "tokenizer.json")
-    lab = Lab(recipe, world, plans, waves, tokenizer, model)
-    exam = Exam(lab, 2)
+    asked = speak_set(tmp_path / "test_questions", plans.sets["test_questions"], 2, lambda count, seconds: None)
+    exam = Exam(Lab(recipe, world, plans, {"test_questions": asked}, tokenizer, model), 2)
 
     def heard_right() -> float:
         _, answers = exam.talk(OmniResponder(model, tokenizer))
@@ -375,13 +362,12 @@ def test_speech_comes_from_the_trained_voice_alone() -> None:
         return sum(h == item.answer for h, item in zip(heard, exam.spoken_items, strict=True)) / len(heard)
 
     as_trained = heard_right()
-    assert as_trained == pytest.approx(report["s2s"]["answer_accuracy"], abs=0.02)
-    assert as_trained > report["s2s"]["baseline"] + 0.1, "the demo's voice says nothing worth taking away"
+    assert as_trained > 0.1, "the model that comes along says nothing worth taking away"
     torch.manual_seed(1)
     fresh = OmniModel(recipe.model).voice
     assert model.voice is not None and fresh is not None
     model.voice.load_state_dict(fresh.state_dict())
-    assert heard_right() <= max(0.02, report["s2s"]["baseline"])
+    assert heard_right() <= 0.02
 
 
 def test_the_choices_of_the_voice_are_compared_on_a_finished_demo(finished: Path, tmp_path: Path) -> None:

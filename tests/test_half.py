@@ -1,5 +1,6 @@
 """A model folder at half its size: what is kept, what is lost, what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from tiny import tiny_model, tiny_tokenizer
 import nexus
 from nexus.cli import main
 from nexus.errors import BadCheckpoint
+from nexus.media import load_audio
 from nexus.model.folder import halve, save_model
+from nexus.terminal import SHIPPED
 from nexus.types import Text, Turn
 
 
@@ -59,3 +62,14 @@ def test_a_weight_that_float16_does_not_hold_is_refused_by_name(whole: Path, tmp
     with pytest.raises(BadCheckpoint, match=r"language\.head\.weight holds values that float16 does not"):
         halve(large, tmp_path / "half")
     assert not (tmp_path / "half").exists()
+
+
+def test_the_model_that_comes_along_is_small_and_answers_without_being_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) <= 30_000_000
+    for word in ("asr", "spoken", "Limits"):
+        assert word.lower() in (SHIPPED / "README.md").read_text().lower(), word
+    assert main(["chat", "--text", "what is three plus five", "--speak", str(tmp_path / "a.wav"), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["text"].startswith("three plus five is") and load_audio(tmp_path / "a.wav").seconds > 0.3

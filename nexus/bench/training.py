@@ -60,14 +60,14 @@ class Heat:
 
     overrides: tuple[str, ...] = (WORLD,)
     sentences: int = 5_000
-    rows: int = 640
+    rows: int = 160
     batch_rows: tuple[int, ...] = (8, 16, 32, 64)  # theirs
     tokens: tuple[int, ...] = (1024, 2048, 4096)  # ours: language positions of a batch
     speech_seconds: tuple[float, ...] = (20.0, 40.0, 80.0)  # ours: seconds of speech of a batch
     sound_seconds_per_token: float = 0.1  # ours: seconds of sound that a batch may hold beside its positions
-    repeats: int = 5
-    rank_steps: int = 30
-    rank_turns: int = 3
+    repeats: int = 3
+    rank_steps: int = 20
+    rank_turns: int = 2
     bar: float = 2.0
     loader_bar: float = 5.0
     ranks_bar: float = 1.6
