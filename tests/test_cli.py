@@ -142,13 +142,6 @@ def test_a_mistake_in_the_command_is_one_line_and_exit_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_model_the_next_step_is_named(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert "nexus demo" in refused(capsys, "chat", "--text", "what")
-
-
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "garbage", "cut off"])
 def test_a_damaged_model_folder_is_one_line(

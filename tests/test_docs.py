@@ -27,7 +27,8 @@ REPORT_KEYS = set(
     """
     asr.wer sqa.accuracy sqa.text_ceiling vqa.accuracy_before_audio vqa.accuracy_after codec.wer codec.wer_original
     tts.wer tts.wer_original s2s.answer_accuracy s2s.wer_own_text first_sound.seconds memory.peak_gib seconds.total
-    model.parameters
+    model.parameters avqa.accuracy video.accuracy multiturn.accuracy s2tt.bleu_zh_en s2tt.bleu_en_zh ser.accuracy
+    caption.accuracy
     """.split()
 )
 OPENING, CLOSING = "<!-- numbers -->", "<!-- /numbers -->"
