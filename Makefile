@@ -28,7 +28,7 @@ help:
 	@echo "make test-all  the slow tests, those that make test leaves out"
 	@echo "make test-lmms the plugin inside the real lmms-eval; NEXUS_DEMO=DIR names a finished demo"
 	@echo "make demo      train, evaluate and report a tiny model: runs/demo/report.html"
-	@echo "make bench     our parts against published ones, six minutes on a quiet machine: benchmarks/results/"
+	@echo "make bench     our parts against published ones, long and on a quiet machine: benchmarks/results/"
 	@echo "make clean     remove the environment, caches and build products; runs/ stays"
 
 install: $(INSTALLED)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus.data.chat import ChatTokenizer
+from nexus.data.jsonl import lines_of, read_row
 from nexus.data.mixture import Mixture, Source
 from nexus.data.prepared import Prepared, SpeechBatches
 from nexus.data.sources import sources
@@ -23,6 +24,7 @@ from nexus.errors import BadConfig
 from nexus.eval.regression import Rows, held_out, measure
 from nexus.model.folder import read_config
 from nexus.model.omni import OmniModel
+from nexus.processes import cores
 from nexus.progress import Progress
 from nexus.recipe import Recipe, StageConfig
 from nexus.respond import OmniResponder, load
@@ -109,22 +111,30 @@ def _has_sound(recipe: Recipe, stage: str) -> bool:
     files = _files(recipe, stage)
     if recipe.data.root is not None or recipe.data.replay or any(file.suffix != ".jsonl" for file in files):
         return True
-    rows = (lines[row] for lines in map(Lines, files) for row in range(len(lines)))
     return any(
-        isinstance(part, Audio) for row in rows for turn in row.turns if turn.role == "user" for part in turn.parts
+        isinstance(part, Audio)
+        for file in files
+        for row in _rows(file)
+        for turn in row.turns
+        if turn.role == "user"
+        for part in turn.parts
     )
 
 
 def _has_speech(recipe: Recipe, stage: str) -> bool:
-    return recipe.data.prepared is not None or any(True for _ in _spoken_rows(recipe, stage))
+    files = [file for file in _files(recipe, stage) if file.suffix == ".jsonl"]
+    return recipe.data.prepared is not None or any(_is_spoken(row) for file in files for row in _rows(file))
+
+
+def _rows(file: Path) -> Iterator[Sample]:
+    """The rows of a file from its beginning, for a look that ends at the first row of a kind."""
+    return (read_row(line, f"{file}:{number}", file.parent) for number, _, line in lines_of(file))
 
 
 def _spoken_rows(recipe: Recipe, stage: str) -> Iterator[tuple[Lines, int]]:
     """The rows of a stage's JSONL files that have an answer with a sound."""
-    for name in _files(recipe, stage):
-        if name.suffix != ".jsonl":
-            continue
-        lines = Lines(name)
+    for file in (file for file in _files(recipe, stage) if file.suffix == ".jsonl"):
+        lines = Lines(file)
         yield from ((lines, row) for row in range(len(lines)) if _is_spoken(lines[row]))
 
 
@@ -138,10 +148,6 @@ def _files(recipe: Recipe, stage: str) -> list[Path]:
 
 def _is_spoken(sample: Sample) -> bool:
     return any(isinstance(part, Audio) for turn in sample.turns if turn.role == "assistant" for part in turn.parts)
-
-
-def _processes() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class _Feed:
         data = self.recipe.data
         if data.root is not None:
             noise = None if data.noise is None else Path(data.noise)
-            named = digit_sources(data, stage.name, self.init, self.out, noise, _processes(), self.progress)
+            named = digit_sources(data, stage.name, self.init, self.out, noise, cores(), self.progress)
         else:
             named = self._files(stage)
         mixture = Mixture(named, Budget(data.tokens_per_batch, data.audio_seconds_per_batch), SEED, rank, world)
@@ -179,7 +185,7 @@ class _Feed:
         own = sources(data, stage.name, tokenizer, specs, self.out / "indexes")
         if not data.replay:
             return own
-        lab = retold(self.init, self.out / "replay", UTTERANCES, _processes(), self.progress)
+        lab = retold(self.init, self.out / "replay", UTTERANCES, cores(), self.progress)
         share = data.replay / (1 - data.replay) * sum(source.weight for source in own)
         return [*own, Replay(lab, stage.name, UTTERANCES * ROWS_PER_UTTERANCE, share)]
 
@@ -198,10 +204,10 @@ class _Feed:
     def _prepared(self, model: Path, stage: str) -> Prepared:
         """The spoken answers of the user's rows, and sentences in the initial model's own voice beside them."""
         folder = self.out / "prepared"
-        own = [(lines, row) for lines, row in _spoken_rows(self.recipe, stage)]
+        own = list(_spoken_rows(self.recipe, stage))
         again = None
         if self.recipe.data.replay:
-            again = ReplayedSpeech(self.init, self.out / "replay", SPOKEN_AGAIN, _processes(), self.progress)
+            again = ReplayedSpeech(self.init, self.out / "replay", SPOKEN_AGAIN, cores(), self.progress)
         rows = SpokenRows(own, again, self.recipe.data.replay)
         with self.progress.stage("prepare", len(rows), "rows") as watch:
             outcome = prepare(model, rows, folder, tell=watch.advance)
@@ -213,7 +219,7 @@ class _Feed:
 class SpokenRows:
     """A user's spoken rows, each as often as makes `replay` the share of the sentences that are said `again`."""
 
-    def __init__(self, own: Sequence[tuple[Lines, int]], again: "ReplayedSpeech | None", replay: float) -> None:
+    def __init__(self, own: Sequence[tuple[Lines, int]], again: ReplayedSpeech | None, replay: float) -> None:
         self._own, self._again = own, again
         spoken_again = 0 if again is None else len(again)
         self._times = max(1, round(spoken_again * (1 - replay) / replay / len(own))) if spoken_again else 1
@@ -252,7 +258,7 @@ def _gate(recipe: Recipe, init: Path, out: Path, ranks: Ranks, progress: Progres
     if name is not None:
         rows = Lines(Path(name))
     else:
-        rows = ranks.first("rows of the gate", lambda: exam_rows(init, out / "replay", _processes(), progress))
+        rows = ranks.first("rows of the gate", lambda: exam_rows(init, out / "replay", cores(), progress))
     items, score = held_out(responder, rows, recipe.gate.n), recipe.gate.score
 
     def measured(model: OmniModel) -> dict[str, list[float]]:

@@ -16,6 +16,11 @@ T = TypeVar("T")
 Job = TypeVar("Job")
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_processes(work: Callable[[Job], T], jobs: Sequence[Job], processes: int, chunk: int) -> Iterator[T]:
     """work(job) for every job, in order, from `processes` spawned processes that each take `chunk` jobs at a time.
 

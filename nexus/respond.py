@@ -13,12 +13,12 @@ from nexus import media
 from nexus.codec import StreamDecoder
 from nexus.data.chat import ChatTokenizer, Rendered, render
 from nexus.data.collate import collate
+from nexus.data.headers import frames_per_second, limits_for
 from nexus.errors import BadCheckpoint, BadConfig, BadRecord
 from nexus.model.adapters import load_adapter
 from nexus.model.folder import load_model
 from nexus.model.omni import OmniModel, Speaker, Written
 from nexus.model.voice.delayed import DelayedVoice
-from nexus.source import Limits
 from nexus.types import Batch, Delta, Part, Text, Turn
 
 MAX_TOKENS = 256
@@ -79,12 +79,7 @@ class OmniResponder:
                 "they are not of one model"
             )
         self.model, self.tokenizer, self._vocoder = model, tokenizer, vocoder
-        hearing, vision = model.config.hearing, model.config.vision
-        self.limits = replace(
-            Limits(),
-            max_audio_seconds=hearing.max_seconds if hearing else Limits().max_audio_seconds,
-            max_video_frames=vision.max_frames if vision else Limits().max_video_frames,
-        )
+        self.limits = limits_for(model.config)
 
     def quantise_voice(self) -> None:
         """Let the voice speak with weights in eight bits: about three times as fast on a CPU, scores within 2 %.
@@ -106,9 +101,7 @@ class OmniResponder:
         return [replace(turn, parts=tuple(self._load(part) for part in turn.parts)) for turn in turns]
 
     def _load(self, part: Part) -> Part:
-        return media.load(
-            part, self.limits, fps=self.model.config.vision.frames_per_second if self.model.config.vision else 2.0
-        )
+        return media.load(part, self.limits, fps=frames_per_second(self.model.config))
 
     def respond(self, turns: Sequence[Turn], speak: bool = True, max_tokens: int = MAX_TOKENS) -> Iterator[Delta]:
         """Text and sound as they come: the first sound leaves before the text has ended.

@@ -300,11 +300,11 @@ SYNTH_WORDS = {
 
 def _synthesised(options: argparse.Namespace) -> dict[str, Any]:
     from nexus.factory import synth as run
+    from nexus.processes import cores
     from nexus.progress import Progress
 
     if options.out is None:
         raise BadConfig("nexus synth leaves a folder: name it with --out DIR")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with Progress() as progress:
         report = run(
             options.recipe,
@@ -312,7 +312,7 @@ def _synthesised(options: argparse.Namespace) -> dict[str, Any]:
             options.set,
             options.limit,
             executor=options.executor,
-            workers=cores if options.workers is None else options.workers,
+            workers=cores() if options.workers is None else options.workers,
             address=options.address,
             progress=progress,
         )

@@ -24,10 +24,10 @@ def run(
 ) -> dict[str, Any]:
     """Run benchmarks and write NAME.json of each into `out`; returns the results by name.
 
-    Without names: all this machine can run. `reference` is the user's copy of the published alignment measures, which
-    are no package; `demo` the folder of a finished demo. `tiny` races very small models, which says nothing about
-    speed. Raises BadConfig for a name that there is not, for `gpu` without a CUDA device, `alignment` without a
-    reference, `voices` without a demo, and an `out` that is no folder.
+    Without names: all this machine can run, but not `voices`, which take forty minutes. `reference` is the user's copy
+    of the published alignment measures, which are no package; `demo` the folder of a finished demo. `tiny` races very
+    small models, which says nothing about speed. Raises BadConfig for a name that there is not, for `gpu` without a
+    CUDA device, `alignment` without a reference, `voices` without a demo, and an `out` that is no folder.
     """
     unknown = [name for name in names if name not in NAMES]
     if unknown:

@@ -8,7 +8,6 @@ sides learn by AdamW with the same model code, so what differs is the batches an
 
 import functools
 import importlib.util
-import os
 import random
 import tempfile
 import time
@@ -35,7 +34,7 @@ from nexus.demo.world import World
 from nexus.errors import BadConfig
 from nexus.model.folder import save_model
 from nexus.model.omni import OmniModel
-from nexus.processes import in_processes
+from nexus.processes import cores, in_processes
 from nexus.recipe import OptimConfig, Recipe
 from nexus.train.loop import Pace, fit
 from nexus.train.parallel import Ranks
@@ -407,7 +406,7 @@ def _ranks(heat: Heat, folder: Path, say: Say) -> Settings:
             found = list(in_processes(work, range(world), world, 1))
             seconds.append(max(spent for _, spent in found) / sum(rows for rows, _ in found))
     case: Settings = {"case": "stage align, two ranks against one", **ratio(taken[2], taken[1], heat.ranks_bar)}
-    settings = {"threads": 1, "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None}
+    settings = {"threads": 1, "cores": cores()}
     case |= {"ours": side({"ranks": 2, **settings}, taken[2]), "peer": side({"ranks": 1, **settings}, taken[1])}
     say(verdict(case))
     return case

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nexus.errors import BadConfig
 from nexus.model.folder import load_weights
 from nexus.model.omni import OmniModel
+from nexus.processes import cores
 from nexus.progress import MemoryWatch, Progress
 from nexus.recipe import Recipe, StageConfig, code_digest
 from nexus.results import hold, write_json
@@ -84,9 +85,7 @@ class Run:
                 raise BadConfig(f"{self.out} holds another run; different: {said}; give another --out or remove it")
             self.earlier = self.plan["elapsed"]
         else:
-            has_affinity = hasattr(os, "sched_getaffinity")
-            cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-            threads = min(cores, MAX_THREADS)
+            threads = min(cores(), MAX_THREADS)
             torch.set_num_threads(threads)
             self.plan = {
                 "identity": self.identity,

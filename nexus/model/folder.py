@@ -153,19 +153,25 @@ def halve(folder: Path, out: Path) -> int:
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(folder, part, ignore=shutil.ignore_patterns("*.safetensors", INDEX))
-    writer = ShardWriter(part)
-    for path in weight_files(folder):
-        weight_shapes(path)
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                wide = file.get_tensor(name)
-                half = wide.half() if wide.dtype == torch.float32 else wide
-                if half.is_floating_point() and not bool(torch.isfinite(half).all()):
-                    raise BadCheckpoint(f"{path}: {name} holds values that float16 does not; ship it as it is")
-                writer.add(name, half)
-    writer.close()
-    part.rename(out)
+    try:
+        writer = ShardWriter(part)
+        for path in weight_files(folder):
+            weight_shapes(path)
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    writer.add(name, _halved(name, file.get_tensor(name), path))
+        writer.close()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+
+
+def _halved(name: str, wide: Tensor, path: Path) -> Tensor:
+    half = wide.half() if wide.dtype == torch.float32 else wide
+    if half.is_floating_point() and not bool(torch.isfinite(half).all()):
+        raise BadCheckpoint(f"{path}: {name} holds values that float16 does not; ship it as it is")
+    return half
 
 
 def _widened(tensor: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from nexus import media
 from nexus.data.chat import ChatTokenizer, render
 from nexus.data.collate import collate
+from nexus.data.headers import frames_per_second, limits_for
 from nexus.errors import BadConfig, NexusError
 from nexus.organs import ModelConfig
 from nexus.processes import worker_begins
-from nexus.source import Limits
 from nexus.types import Batch, Sample, SpeechBatch, Turn
 
 AHEAD = 2  # batches that each process prepares ahead
@@ -52,7 +52,7 @@ class _Ready(Dataset[Any]):
 
     @functools.cached_property
     def _tokenizer(self) -> ChatTokenizer:
-        return ChatTokenizer.load(self._path)  # in every process: it cannot be sent
+        return ChatTokenizer.load(self._path)  # once in every process
 
     def __getitem__(self, number: int) -> Batch | SpeechBatch | NexusError:
         try:
@@ -78,12 +78,7 @@ def _loaded(turn: Turn, specs: ModelConfig) -> Turn:
     and the voice learns from what was prepared."""
     if turn.role == "assistant":
         return turn
-    hearing, vision = specs.hearing, specs.vision
-    limits = Limits(
-        max_audio_seconds=hearing.max_seconds if hearing else Limits().max_audio_seconds,
-        max_video_frames=vision.max_frames if vision else Limits().max_video_frames,
-    )
-    fps = vision.frames_per_second if vision else 2.0
+    limits, fps = limits_for(specs), frames_per_second(specs)
     return Turn(turn.role, tuple(media.load(part, limits, fps=fps) for part in turn.parts))
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from nexus import media
 from nexus.data.chat import ChatTokenizer, Rendered, render
 from nexus.data.collate import collate
+from nexus.data.headers import frames_per_second, limits_for
 from nexus.data.jsonl import file_digest, lines_of, read_row
 from nexus.data.prepared import FORMAT, INDEX, Line, Prepared, words_said
 from nexus.errors import BadConfig, BadMedia, BadRecord
@@ -281,14 +282,9 @@ class _Maker:
         self._tokenizer = ChatTokenizer.load(folder / "tokenizer.json")
         assert config.voice is not None and config.codec is not None
         self._config, self._answer_rate_hz, self._max_seconds = config, config.codec.rate_hz, config.voice.max_seconds
-        hearing, vision = config.hearing, config.vision
-        self._heard = replace(
-            Limits(),
-            max_audio_seconds=hearing.max_seconds if hearing else Limits().max_audio_seconds,
-            max_video_frames=vision.max_frames if vision else Limits().max_video_frames,
-        )
+        self._heard = limits_for(config)
         self._said = replace(Limits(), max_audio_seconds=config.voice.max_seconds)
-        self._frames_per_second = vision.frames_per_second if vision else 2.0
+        self._frames_per_second = frames_per_second(config)
 
     def shard(self, numbers: Sequence[int]) -> tuple[list[tuple[_Spoken, Line]], list[Rejected]]:
         """The lines of some rows in order, and what is left out of them."""

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nexus.errors import BadConfig
 from nexus.model.omni import OmniModel
+from nexus.processes import cores
 from nexus.train.parallel import Ranks
 from nexus.training import EngineConfig
 from nexus.types import Batch
@@ -64,8 +65,7 @@ def threads(engine: EngineConfig) -> int:
     """Compute threads of this process: as the recipe says, or its part of the cores."""
     if engine.threads is not None:
         return engine.threads
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MAX_CPU_THREADS))
+    return max(1, min(cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MAX_CPU_THREADS))
 
 
 def cast(model: nn.Module, place: Place) -> None:
