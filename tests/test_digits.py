@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile as sf
 import torch
 from lab import PLAIN_WORLD
 from suites import digits, sound
@@ -90,7 +91,22 @@ def test_every_recording_is_heard_in_its_row(tmp_path: Path) -> None:
     for row in range(4, 60):
         seconds = len(wave(rows[row])) / 16_000
         words = len(answer(rows[row]).split())
-        assert words * 0.3 / 1.35 - 0.01 < seconds < words * 0.3 / 0.75 + (words + 1) * 0.25 + 0.01
+        assert words * (0.3 * 3 / 4) / 1.5 - 0.01 < seconds < words * 0.3 / 0.75 + (words + 1) * 0.25 + 0.01
+
+
+def test_some_variations_are_cut_where_the_word_ends_and_others_keep_what_surrounds_it(tmp_path: Path) -> None:
+    """A word of 0.3 s amid half a second of silence: alone, it is never bitten by more than a quarter."""
+    sound(tmp_path / "0_ann_0.wav", 0.3, 0)
+    word = recordings(tmp_path).members[0].sound().samples
+    assert word is not None
+    amid = np.concatenate([np.zeros(4000, np.float32), word, np.zeros(4000, np.float32)])
+    sf.write(tmp_path / "0_ann_0.wav", amid, 16_000)
+    rows = varied(tmp_path)
+    alone = [rows[row] for row in range(1, len(rows)) if len(answer(rows[row]).split()) == 1]
+    seconds = [len(wave(sample)) / 16_000 for sample in alone]
+    whole = [each for each in seconds if each > 0.8 / 1.5 - 0.01]
+    assert 0 < len(whole) < len(seconds)
+    assert min(seconds) > 0.3 * 3 / 4 / 1.5 - 0.01
 
 
 def test_lengths_are_those_of_the_rendered_rows(folder: Path) -> None:

@@ -30,14 +30,18 @@ from nexus.types import Audio, Sample
 SEED = 0  # of the variations
 VARIATIONS = 24
 FOLLOWED_BY = (0, 0, 0, 1, 2, 3)  # more recordings in a row, one as likely as the other
-SPEED = (0.75, 1.35)  # with pitch and formants: children to large men, and slow to fast
+SPEED = (0.75, 1.5)  # with pitch and formants: children to large men, and slow to fast
 PAUSE_SECONDS = 0.25  # before, between and after, at most
+IN_HASTE = 0.3  # share of the variations without any pause
+CUT_CLOSE = 0.5  # share of the variations whose recordings end where the word does, or a little before, at both ends
+LOUD = 0.05  # of the peak: where a word begins and ends
+BITTEN_SECONDS = 0.03  # of the word itself, at most, at either end
 GAIN_DB = (-12.0, 6.0)
 BANDS_HZ = (60.0, 150.0, 350.0, 800.0, 1800.0, 4000.0, 8000.0)
 BAND_DB = 7.0  # a microphone's unevenness, at most, up and down
 NOISE_DB = (5.0, 35.0)
 IN_NOISE, IN_ROOM = 0.8, 0.3  # shares of the variations
-VERSION = 1  # a change of the numbers above, or of what is done with them, is other data
+VERSION = 2  # a change of the numbers above, or of what is done with them, is other data
 
 
 def digit_sources(
@@ -85,7 +89,8 @@ class VariedDigits:
         self._of_speaker: dict[str, list[int]] = {}
         for place, member in enumerate(folder.members):
             self._of_speaker.setdefault(member.speaker, []).append(place)
-        self._sizes = [len(_samples(member.sound())) for member in folder.members]
+        waves = (_samples(member.sound()) for member in folder.members)
+        self._sizes, self._words = map(list, zip(*((len(wave), _word(wave)) for wave in waves), strict=True))
         rows = (self._row(row, _silence(self._length(row))) for row in range(len(self)))
         self.lengths: Lengths = lengths_of(row_length(row, tokenizer, specs) for row in rows)
 
@@ -122,13 +127,16 @@ class VariedDigits:
     def _manner(self, row: int) -> "_Manner | None":
         if row < len(self._folder.members):
             return None
-        rng = random.Random(f"{self._seed} manner {row}")
-        pauses = tuple(round(rng.uniform(0, PAUSE_SECONDS) * RATE_HZ) for _ in range(len(self._said(row)) + 1))
-        return _Manner(round(RATE_HZ * rng.uniform(*SPEED)), pauses, rng.getrandbits(48))
+        rng, said = random.Random(f"{self._seed} manner {row}"), self._said(row)
+        longest = 0.0 if rng.random() < IN_HASTE else PAUSE_SECONDS
+        pauses = tuple(round(rng.uniform(0, longest) * RATE_HZ) for _ in range(len(said) + 1))
+        close = rng.random() < CUT_CLOSE
+        pieces = tuple(_bitten(self._words[place], rng) if close else (0, self._sizes[place]) for place in said)
+        return _Manner(round(RATE_HZ * rng.uniform(*SPEED)), pieces, pauses, rng.getrandbits(48))
 
     def _length(self, row: int) -> int:
-        sizes, manner = [self._sizes[place] for place in self._said(row)], self._manner(row)
-        return sizes[0] if manner is None else sum(manner.sizes_of(sizes)) + sum(manner.pauses)
+        manner = self._manner(row)
+        return self._sizes[row] if manner is None else sum(manner.sizes) + sum(manner.pauses)
 
 
 @dataclass(frozen=True)
@@ -136,22 +144,23 @@ class _Manner:
     """How recordings are varied: what decides their length is drawn, the rest is drawn from `seed`."""
 
     rate_hz: int  # that the samples are taken to have: fewer than they have is slower and deeper
+    pieces: tuple[tuple[int, int], ...]  # first sample and the one after the last of each recording
     pauses: tuple[int, ...]  # samples before the first, between, and after the last
     seed: int
 
-    def sizes_of(self, sizes: Sequence[int]) -> list[int]:
-        """Samples of sounds of so many samples at the speed drawn."""
-        return [round(size * RATE_HZ / self.rate_hz) for size in sizes]
+    @property
+    def sizes(self) -> list[int]:
+        """Samples of the pieces at the speed drawn."""
+        return [round((end - begin) * RATE_HZ / self.rate_hz) for begin, end in self.pieces]
 
     def of(self, waves: Sequence[np.ndarray], around: Surroundings | None) -> np.ndarray:
         """Recordings f32 [W] at 16 kHz one after the other between pauses, at another speed and pitch, through an
-        uneven microphone, in a room and amid noise: f32 [sum of sizes_of and pauses] within full scale."""
-        rng, pieces = random.Random(self.seed), [np.zeros(self.pauses[0], np.float32)]
-        sizes = self.sizes_of([len(wave) for wave in waves])
-        for wave, size, pause in zip(waves, sizes, self.pauses[1:], strict=True):
-            heard = resample(wave, self.rate_hz, RATE_HZ)[:size]
-            pieces.append(np.pad(heard, (0, size - len(heard) + pause)))
-        wave = _uneven(np.concatenate(pieces), rng)
+        uneven microphone, in a room and amid noise: f32 [sum of sizes and pauses] within full scale."""
+        rng, heard = random.Random(self.seed), [np.zeros(self.pauses[0], np.float32)]
+        for wave, (begin, end), size, pause in zip(waves, self.pieces, self.sizes, self.pauses[1:], strict=True):
+            piece = resample(wave[begin:end], self.rate_hz, RATE_HZ)[:size]
+            heard.append(np.pad(piece, (0, size - len(piece) + pause)))
+        wave = _uneven(np.concatenate(heard), rng)
         if around is not None and around.rooms and rng.random() < IN_ROOM:
             wave = in_room(wave, rng.choice(around.rooms).sound())
         if rng.random() < IN_NOISE:
@@ -166,6 +175,18 @@ class _Manner:
 def _samples(sound: Audio) -> np.ndarray:
     assert sound.samples is not None
     return sound.samples
+
+
+def _word(wave: np.ndarray) -> tuple[int, int]:
+    """First sample of what is loud in a recording, and the one after the last; all of a silent one."""
+    loud = np.flatnonzero(np.abs(wave) > LOUD * np.abs(wave).max())
+    return (int(loud[0]), int(loud[-1]) + 1) if len(loud) else (0, len(wave))
+
+
+def _bitten(word: tuple[int, int], rng: random.Random) -> tuple[int, int]:
+    """A word cut a little short at both ends, by at most a quarter in all."""
+    most = min(round(BITTEN_SECONDS * RATE_HZ), (word[1] - word[0]) // 8)
+    return word[0] + rng.randint(0, most), word[1] - rng.randint(0, most)
 
 
 def _silence(samples: int) -> Audio:
