@@ -14,7 +14,7 @@ import numpy as np
 
 from nexus.progress import Progress
 from nexus.synth.journal import Form, Journal
-from nexus.synth.pipeline import Pipeline
+from nexus.synth.pipeline import Pipeline, flac_bytes, i16_bytes
 from nexus.synth.produce import Patience, Workers, produce
 from nexus.synth.read import SourceConfig, read
 from nexus.synth.records import Record, Rejected, Step, first_attempt
@@ -114,9 +114,10 @@ def run(
     """The factory without a recipe; returns the journal, closed."""
     out.mkdir(exist_ok=True)
     journal = Journal(out, form, shard_samples)
+    pipeline = Pipeline(steps, i16_bytes if form == "i16" else flac_bytes)
     with Progress(open(os.devnull, "w")) as progress, progress.stage("test", None, "rows") as stage:
         try:
-            produce(rows, front, Pipeline(steps), journal, workers, batch=batch, patience=patience, stage=stage)
+            produce(rows, front, pipeline, journal, workers, batch=batch, patience=patience, stage=stage)
         except BaseException:
             journal.abandon()
             raise
@@ -132,6 +133,6 @@ if __name__ == "__main__":
         Speak(Path(log), 0.005),
         Gate(),
         front=[Rules(RulesConfig(near_duplicates=None))],
-        form="tar" if form == "tar" else "files",
+        form=form,  # type: ignore[arg-type]
         workers=Workers("local", 2),
     )

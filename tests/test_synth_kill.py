@@ -8,11 +8,14 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 import soundfile
 from test_synth_pipeline import entries_of, lines_of, sentences
+
+from nexus.synth.journal import read_sound
 
 HERE = Path(__file__).parent
 ROWS, KILLS = 600, 20
@@ -36,7 +39,7 @@ def whole_lines(out: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("form", ["files", "tar"])
+@pytest.mark.parametrize("form", ["files", "tar", "i16"])
 def test_a_run_killed_at_twenty_moments_ends_as_if_it_had_not_been(tmp_path: Path, form: str) -> None:
     texts = [*sentences(ROWS - 2), sentences(1)[0], "http://example.org/a?b=c is a place"]
     (tmp_path / "texts.txt").write_text("".join(text + "\n" for text in texts))
@@ -83,19 +86,27 @@ def spoken(folder: Path) -> list[str]:
 
 def check_sounds(out: Path, form: str, ids: set[str]) -> None:
     """Every sound is whole and there once, and there is no other."""
-    if form == "files":
-        found = [path for path in (out / "audio").rglob("*") if path.is_file()]
-        for path in found:
-            assert soundfile.info(path).frames > 0
-        names = [path.name for path in found]
-    else:
-        names = []
-        for path in (out / "audio").iterdir():
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    if member.name.endswith(".flac"):
-                        sound = tar.extractfile(member)
-                        assert sound is not None
-                        assert soundfile.info(sound).frames > 0
-                        names.append(member.name)
-    assert sorted(names) == sorted(f"{name}.flac" for name in ids)
+    names = []
+    for path in (path for path in (out / "audio").rglob("*") if path.is_file()):
+        match form:
+            case "files":
+                assert soundfile.info(path).frames > 0
+                names.append(path.name)
+            case "tar":
+                with tarfile.open(path) as tar:
+                    for member in tar:
+                        if member.name.endswith(".flac"):
+                            sound = tar.extractfile(member)
+                            assert sound is not None
+                            assert soundfile.info(sound).frames > 0
+                            names.append(member.name)
+            case _:
+                places = [e["audio"] for e in entries_of(out) if e.get("audio", {}).get("shard") == path.stem]
+                assert [0, *(place["end"] for place in places)] == [
+                    *(place["offset"] for place in places),
+                    path.stat().st_size,
+                ]
+                assert all(zlib.crc32(read_sound(out, place)) == place["crc32"] for place in places)
+                names += [place["name"] for place in places]
+    kind = "i16" if form == "i16" else "flac"
+    assert sorted(names) == sorted(f"{name}.{kind}" for name in ids)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import soundfile
-from factory_steps import Gate, Speak, Trouble, run, texts
+from factory_steps import RATE_HZ, Gate, Speak, Trouble, run, texts
 
 from nexus.engines.speak import Espeak, Voice
 from nexus.errors import BadConfig, BadRecord, NexusError
@@ -63,13 +63,17 @@ def test_each_attempt_has_its_own_id_and_voice(tmp_path: Path) -> None:
     assert all(entry["meta"]["voice"] == f"tone{entry['attempt']}" for entry in entries)
 
 
-@pytest.mark.parametrize("form", ["files", "tar"])
+@pytest.mark.parametrize("form", ["files", "tar", "i16"])
 def test_the_sound_of_every_attempt_is_whole_and_where_the_journal_says(tmp_path: Path, form: Any) -> None:
     out = tmp_path / "out"
     journal = run(texts(*sentences(60)), out, Speak(), Gate(), form=form, shard_samples=20)
     for entry in entries_of(out):
         data = read_sound(out, entry["audio"])
-        assert data[:4] == b"fLaC"
+        if form == "i16":
+            assert len(data) == round(entry["seconds"] * RATE_HZ) * 2
+            assert sound_name(entry["audio"]).startswith(f"audio/{entry['audio']['shard']}.i16/")
+        else:
+            assert data[:4] == b"fLaC"
     shards = {entry["audio"]["shard"] for entry in entries_of(out)}
     assert {"00000", "00000-rejected", "00001"} <= shards
     assert journal.num_rows == 60
@@ -233,7 +237,7 @@ def test_a_finished_run_is_not_worked_on_again(tmp_path: Path) -> None:
     assert log.read_text() == spoken
 
 
-@pytest.mark.parametrize("form", ["files", "tar"])
+@pytest.mark.parametrize("form", ["files", "tar", "i16"])
 def test_a_run_cut_off_anywhere_in_its_journal_goes_on_behind_the_last_whole_line(tmp_path: Path, form: Any) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     run(texts(*sentences(30)), out, Speak(), Gate(), form=form, shard_samples=1000)

@@ -1,10 +1,10 @@
 """What a run of the factory leaves while it runs: a journal line per source row, and the sounds the lines speak of.
 
 The journal is in the order of the source and is the one truth: a row with a line is never worked on again, a row
-without one is. Lines are written after their sounds. Sounds go into shards, folders of FLAC files or tar files in
-WebDataset's layout; a shard and the journal are brought to the disk together when the shard is full (a seal), never
-clip by clip. What stood behind the last seal is looked at again before a run goes on: a torn line, half a sound or a
-sound without a line is taken away.
+without one is. Lines are written after their sounds. Sounds go into shards: folders of FLAC files, tar files in
+WebDataset's layout, or files of bare 16-bit samples end to end, which are read by place without decoding. A shard and
+the journal are brought to the disk together when the shard is full (a seal), never clip by clip. What stood behind the
+last seal is looked at again before a run goes on: a torn line, half a sound or a sound without a line is taken away.
 """
 
 import json
@@ -19,7 +19,7 @@ from nexus.errors import BadRecord
 from nexus.synth.pipeline import FULL, Outcome
 
 Line = dict[str, Any]
-Form = Literal["files", "tar"]
+Form = Literal["files", "tar", "i16"]
 JOURNAL = ".journal.jsonl"
 AUDIO = "audio"
 REJECTED = "-rejected"  # shards of sounds that did not pass: kept, so that the gate can be moved
@@ -100,35 +100,42 @@ class Journal:
         if outcome.reason:
             entry |= {"step": outcome.step, "reason": outcome.reason, "numbers": dict(outcome.numbers)}
             entry |= {"failed": True} if outcome.failed else {}
-        if outcome.flac is not None:
-            entry |= {"seconds": round(outcome.seconds, 4), "audio": self._keep(entry, outcome.flac)}
+        if outcome.data is not None:
+            entry |= {"seconds": round(outcome.seconds, 4), "audio": self._keep(entry, outcome.data)}
         return entry
 
     # Sounds
 
-    def _keep(self, entry: Line, flac: bytes) -> Line:
-        """Write one sound; returns where it is: shard, name, size, checksum, and in a tar the offset of the data."""
+    def _keep(self, entry: Line, data: bytes) -> Line:
+        """Write one sound; returns where it is: shard, name, size, checksum, and within a file the offset of the data
+        and where what was written ends."""
         shard = f"{self._shard:05d}{'' if entry['decision'] == 'kept' else REJECTED}"
         self._clips += 1
-        name = f"{entry['id']}.flac"
-        place: Line = {"shard": shard, "name": name, "bytes": len(flac), "crc32": zlib.crc32(flac)}
-        if self._form == "files":
-            folder = self.folder / AUDIO / shard
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f".{name}.part"
-            part.write_bytes(flac)
-            os.replace(part, folder / name)
-            return place
-        file = self._tar(shard)
-        place["offset"] = file.tell() + BLOCK
-        _add(file, name, flac)
-        told = {key: entry[key] for key in ("id", "text", "language", "meta")}
-        _add(file, f"{entry['id']}.json", _json(told))
+        name = f"{entry['id']}.{'i16' if self._form == 'i16' else 'flac'}"
+        place: Line = {"shard": shard, "name": name, "bytes": len(data), "crc32": zlib.crc32(data)}
+        match self._form:
+            case "files":
+                folder = self.folder / AUDIO / shard
+                folder.mkdir(parents=True, exist_ok=True)
+                part = folder / f".{name}.part"
+                part.write_bytes(data)
+                os.replace(part, folder / name)
+                return place
+            case "tar":
+                file = self._stream(shard)
+                place["offset"] = file.tell() + BLOCK
+                _add(file, name, data)
+                told = {key: entry[key] for key in ("id", "text", "language", "meta")}
+                _add(file, f"{entry['id']}.json", _json(told))
+            case "i16":
+                file = self._stream(shard)
+                place["offset"] = file.tell()
+                file.write(data)
         return {**place, "end": file.tell()}
 
-    def _tar(self, shard: str) -> BinaryIO:
+    def _stream(self, shard: str) -> BinaryIO:
         if shard not in self._open:
-            path = self.folder / AUDIO / f"{shard}.tar"
+            path = self.folder / AUDIO / f"{shard}.{self._form}"
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open[shard] = path.open("r+b" if path.exists() else "w+b")
             self._open[shard].seek(0, os.SEEK_END)
@@ -137,7 +144,8 @@ class Journal:
     def _seal(self) -> None:
         """The shard is complete: bring it, and then the journal, to the disk."""
         for file in self._open.values():
-            file.write(bytes(2 * BLOCK))  # the end of a tar
+            if self._form == "tar":
+                file.write(bytes(2 * BLOCK))  # its end
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -191,8 +199,9 @@ class Journal:
                 for file in path.iterdir():
                     if file.name not in names:
                         file.unlink()
-            if path.with_name(f"{shard}.tar").exists():
-                os.truncate(path.with_name(f"{shard}.tar"), max((place["end"] for place in mine), default=0))
+            for one in (path.with_name(f"{shard}.tar"), path.with_name(f"{shard}.i16")):
+                if one.exists():
+                    os.truncate(one, max((place["end"] for place in mine), default=0))
 
 
 def _json(value: Line) -> bytes:
@@ -233,13 +242,20 @@ def lines_of(folder: Path) -> Iterator[Line]:
 
 
 def sound_name(place: Mapping[str, Any]) -> str:
-    """Where a sound is, as rows write it: audio/00000/ID.flac, or audio/00000.tar/ID.flac inside a shard."""
-    return f"{AUDIO}/{place['shard']}{'.tar' if 'offset' in place else ''}/{place['name']}"
+    """Where a sound is, as rows write it: audio/00000/ID.flac, or inside a shard audio/00000.tar/ID.flac and
+    audio/00000.i16/ID.i16."""
+    return f"{AUDIO}/{_shard_name(place)}/{place['name']}"
+
+
+def _shard_name(place: Mapping[str, Any]) -> str:
+    if "offset" not in place:
+        return str(place["shard"])
+    return f"{place['shard']}{'.i16' if place['name'].endswith('.i16') else '.tar'}"
 
 
 def read_sound(folder: Path, place: Mapping[str, Any]) -> bytes:
-    """The FLAC file that a journal line speaks of. Raises BadRecord where it is not there as a whole."""
-    path = folder / AUDIO / (f"{place['shard']}.tar" if "offset" in place else f"{place['shard']}/{place['name']}")
+    """The sound that a journal line speaks of, as it was stored. Raises BadRecord where it is not there as a whole."""
+    path = folder / (f"{AUDIO}/{_shard_name(place)}" if "offset" in place else sound_name(place))
     try:
         with path.open("rb") as file:
             file.seek(place.get("offset", 0))

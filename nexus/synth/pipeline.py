@@ -7,7 +7,7 @@ it is never replaced by another and never stops the batch.
 import errno
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,15 +20,35 @@ from nexus.types import Audio
 
 SPEAK = "speak"  # the step to which a row goes back
 NO_JUDGEMENT = ("no_answer",)  # reasons that say, besides `{step}_failed`, that a step could not do its work
+Keep = Callable[[Audio], bytes]  # a loaded sound as it is stored; ValueError where there is nothing to store
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the machine's fault, which no other record would be spared
+
+
+def flac_bytes(sound: Audio) -> bytes:
+    """Loaded sound as a 16-bit FLAC file. Raises ValueError for samples that are not finite or not there."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, _clipped(sound), sound.rate_hz, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def i16_bytes(sound: Audio) -> bytes:
+    """Loaded sound as bare 16-bit samples, full scale 32767. Raises as `flac_bytes`."""
+    return np.round(_clipped(sound) * 32767).astype("<i2").tobytes()
+
+
+def _clipped(sound: Audio) -> np.ndarray:
+    assert sound.samples is not None, "sound is not loaded"
+    if not len(sound.samples) or not np.isfinite(sound.samples).all():
+        raise ValueError(f"{len(sound.samples)} samples, not all finite: no sound to keep")
+    return np.clip(sound.samples, -1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of one record: passed where `reason` is empty. `again`: its row was spoken again after this.
 
-    `flac` is the sound that was judged, None where there was none yet; `failed` tells a step that could not do its
-    work from one that judged.
+    `data` is the sound that was judged, as the pipeline keeps sounds, None where there was none yet; `failed` tells a
+    step that could not do its work from one that judged.
     """
 
     record: Record
@@ -37,7 +57,7 @@ class Outcome:
     numbers: Mapping[str, float | str] = field(default_factory=dict)
     again: bool = False
     failed: bool = False
-    flac: bytes | None = None
+    data: bytes | None = None
     seconds: float = 0.0  # of the sound
 
 
@@ -50,10 +70,14 @@ class Worked:
 
 
 class Pipeline:
-    """Steps in order, as one picklable thing. `setup` once per worker, then batch after batch."""
+    """Steps in order, as one picklable thing. `setup` once per worker, then batch after batch.
 
-    def __init__(self, steps: Sequence[Step]) -> None:
+    `keep` makes the bytes of a sound that the journal's form wants: `flac_bytes`, or `i16_bytes` for form i16.
+    """
+
+    def __init__(self, steps: Sequence[Step], keep: Keep = flac_bytes) -> None:
         self.steps = tuple(steps)
+        self._keep = keep
         names = [step.name for step in self.steps]
         assert len(set(names)) == len(names), f"two steps of one name among {names}"
         self._speak = names.index(SPEAK) if SPEAK in names else None
@@ -87,7 +111,7 @@ class Pipeline:
             if index == self._speak:
                 unspoken = {record.id: record for record in going}
             began = time.perf_counter()
-            results = judge(step, going)
+            results = judge(step, going, self._keep)
             seconds[step.name] += time.perf_counter() - began
             going = [result for result in results if isinstance(result, Record)]
             for result in results:
@@ -99,12 +123,13 @@ class Pipeline:
                         result = replace(result, again=True)
                     outcomes[result.record.meta["row"]].append(result)
         for record in going:
-            outcomes[record.meta["row"]].append(_passed(record))
+            outcomes[record.meta["row"]].append(_passed(record, self._keep))
         return again
 
 
-def judge(step: Step, records: Sequence[Record]) -> list[Record | Outcome]:
-    """What the step makes of the records: those that go on, and the outcome of those that do not.
+def judge(step: Step, records: Sequence[Record], keep: Keep = flac_bytes) -> list[Record | Outcome]:
+    """What the step makes of the records: those that go on, and the outcome of those that do not, their sounds as
+    `keep` makes them.
 
     Where the step raises, each record is tried alone, so that one cannot take others with it. Raises OSError where the
     disk is full, and MemoryError.
@@ -119,42 +144,42 @@ def judge(step: Step, records: Sequence[Record]) -> list[Record | Outcome]:
         if isinstance(error, OSError) and error.errno in FULL:
             raise
         if len(records) > 1:
-            return [result for record in records for result in judge(step, [record])]
+            return [result for record in records for result in judge(step, [record], keep)]
         said = " ".join(str(error).split()) or "no message"
         kind = "" if isinstance(error, NexusError) else f"{type(error).__name__}: "
         return [Outcome(_mute(records[0]), step.name, f"{step.name}_failed", {"error": kind + said}, failed=True)]
     given = {record.meta["row"] for record in records}
     left = {(result.record if isinstance(result, Rejected) else result).meta["row"] for result in results}
     assert given == left, f"step {step.name}: {len(given)} rows went in, {len(left)} came out"
-    return [result if isinstance(result, Record) else _rejected(result, step.name) for result in results]
+    return [result if isinstance(result, Record) else _rejected(result, step.name, keep) for result in results]
 
 
 def _mute(record: Record) -> Record:
     return record.with_(sound=None)
 
 
-def _rejected(rejected: Rejected, step: str) -> Outcome:
+def _rejected(rejected: Rejected, step: str, keep: Keep) -> Outcome:
     """A rejection with the sound that was rejected, where there was some that can be kept."""
     failed = rejected.reason == f"{step}_failed" or rejected.reason in NO_JUDGEMENT
     outcome = Outcome(rejected.record, step, rejected.reason, rejected.numbers, failed=failed)
     if rejected.record.sound is None or rejected.record.sound.samples is None:
         return outcome
     try:
-        return _with_sound(outcome)
+        return _with_sound(outcome, keep)
     except ValueError:
         return replace(outcome, record=_mute(rejected.record))
 
 
-def _passed(record: Record) -> Outcome:
+def _passed(record: Record, keep: Keep) -> Outcome:
     try:
-        return _with_sound(Outcome(record))
+        return _with_sound(Outcome(record), keep)
     except (NexusError, ValueError) as error:
         numbers = {"error": " ".join(str(error).split())}
         return Outcome(_mute(record), "write", "write_failed", numbers, failed=True)
 
 
-def _with_sound(outcome: Outcome) -> Outcome:
-    """The outcome with its sound as FLAC instead of samples, read first where it is still a file."""
+def _with_sound(outcome: Outcome, keep: Keep) -> Outcome:
+    """The outcome with its sound as bytes instead of samples, read first where it is still a file."""
     sound = outcome.record.sound
     if sound is None:
         return outcome
@@ -162,14 +187,4 @@ def _with_sound(outcome: Outcome) -> Outcome:
         loaded = load(sound)
         assert isinstance(loaded, Audio)
         sound = loaded
-    return replace(outcome, record=_mute(outcome.record), flac=flac_bytes(sound), seconds=sound.seconds)
-
-
-def flac_bytes(sound: Audio) -> bytes:
-    """Loaded sound as a 16-bit FLAC file. Raises ValueError for samples that are not finite or not there."""
-    assert sound.samples is not None, "sound is not loaded"
-    if not len(sound.samples) or not np.isfinite(sound.samples).all():
-        raise ValueError(f"{len(sound.samples)} samples, not all finite: no sound to keep")
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(sound.samples, -1.0, 1.0), sound.rate_hz, format="FLAC", subtype="PCM_16")
-    return buffer.getvalue()
+    return replace(outcome, record=_mute(outcome.record), data=keep(sound), seconds=sound.seconds)
