@@ -100,6 +100,7 @@ class WorldConfig(Strict):
     noise_db: tuple[float, float] = (15.0, 40.0)  # signal to noise, drawn per utterance
     target_voice: str = "en-us+f2"
     target_rate_wpm: Count = 165
+    verified: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the English utterances that a recogniser hears
 
 
 class TokenizerConfig(Strict):

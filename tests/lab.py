@@ -11,10 +11,11 @@ import torch
 from tiny import tiny_recipe
 
 from nexus.data.chat import ChatTokenizer
-from nexus.demo.corpus import RATE_HZ, Plan, Waves, plan
+from nexus.demo.corpus import Plan, plan
 from nexus.demo.lab import Lab
 from nexus.demo.mandarin import pairs
 from nexus.demo.rows import film_words, tokenizer_texts
+from nexus.demo.spoken import RATE_HZ, Waves
 from nexus.demo.world import World
 from nexus.model.omni import OmniModel
 from nexus.recipe import Recipe, WorldConfig

@@ -21,13 +21,15 @@ from tiny import NARROW
 from nexus.bench.run import run as bench
 from nexus.cli import main
 from nexus.data.chat import ChatTokenizer
-from nexus.demo.corpus import plan, speak_set
+from nexus.demo.corpus import plan
 from nexus.demo.evaluate import Exam
 from nexus.demo.lab import Lab
+from nexus.demo.spoken import speak
 from nexus.demo.world import World
 from nexus.errors import BadConfig
 from nexus.model.folder import load_model, read_config
 from nexus.model.omni import OmniModel
+from nexus.progress import Progress
 from nexus.recipe import Recipe, validate
 from nexus.respond import OmniResponder
 from nexus.terminal import SHIPPED
@@ -193,6 +195,10 @@ def test_the_run_is_recorded_beside_the_report(finished: Path) -> None:
     assert set(run["stages"]) == {*STANDINS, *STAGES}
     planned = run["plan"]["steps"]
     assert {name: record["steps"] for name, record in run["stages"].items()} == planned
+    for name, told in run["corpus"].items():
+        states = sum(told[state] for state in ("verified", "failed", "unverified", "unchecked"))
+        assert states == told["spoken"] and (told["language"] == "zh") == name.endswith("mandarin")
+    assert run["corpus"]["mandarin"]["unverified"] == run["corpus"]["mandarin"]["spoken"]
     for record in run["stages"].values():
         assert record["parameters"] > 0 and record["trainable"]
     assert all(run["stages"][name]["head_parameters"] for name in ("sight", "ears", "align"))
@@ -353,8 +359,8 @@ def test_speech_comes_from_the_trained_voice_alone(tmp_path: Path) -> None:
     assert recipe.world is not None
     world = World(recipe.world.seed)
     plans = plan(world, recipe.world)
-    asked = speak_set(tmp_path / "test_questions", plans.sets["test_questions"], 2, lambda count, seconds: None)
-    exam = Exam(Lab(recipe, world, plans, {"test_questions": asked}, tokenizer, model), 2)
+    asked = speak(tmp_path / "asked", {"test_questions": plans.sets["test_questions"]}, 0.0, 2, Progress())
+    exam = Exam(Lab(recipe, world, plans, asked, tokenizer, model), 2)
 
     def heard_right() -> float:
         _, answers = exam.talk(OmniResponder(model, tokenizer))

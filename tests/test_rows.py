@@ -3,12 +3,13 @@
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lab import PLAIN_WORLD, recording, small_lab
+from lab import PLAIN_WORLD, Marked, recording, small_lab
 
 from nexus.data.chat import TASKS, Rendered
 from nexus.demo.films import film_talk
@@ -30,9 +31,12 @@ from nexus.demo.rows import (
     picture_row,
     typed_row,
 )
+from nexus.demo.spoken import RATE_HZ
+from nexus.demo.stages import prepare_lines
 from nexus.demo.talks import answer_to, follow_up_texts, picture_question_texts
 from nexus.errors import BadConfig
 from nexus.recipe import Recipe
+from nexus.train.parallel import Ranks
 from nexus.train.standins import CHARACTERS
 from nexus.types import IGNORE, Audio, Image, Text, Turn, Video
 
@@ -308,6 +312,26 @@ def test_an_epoch_hears_every_recording_of_a_task(lab: Lab) -> None:
         places = {(name, i) for name in sets for i in range(len(lab.plan.sets[name]))}
         steps = -(-len(places) // 5)
         assert {recorded(lab, turns) for step in range(steps) for turns, _ in rows(step)} == places
+
+
+def test_nothing_is_learned_from_places_without_sound(lab: Lab) -> None:
+    """Also not from questions and conversations whose only recording is missing."""
+    waves = {name: Marked(number, [u.text for u in said]) for number, (name, said) in enumerate(lab.plan.sets.items())}
+    for name, each in waves.items():
+        each.lengths[:: 1 if name == "followed" else 5] = 0
+    waves["followed"].lengths[7] = RATE_HZ
+    holey = replace(lab, waves=dict(waves))
+    rows_at, met = heard_rows(holey, EACH, "sft"), Counter[str]()
+    for step in range(12):
+        for turns, _ in rows_at(step):
+            name, place = recorded(holey, turns)
+            assert place in waves[name].places
+            met[name] += 1
+    assert set(met) == {*EARS, "captioned", "felt"}
+    assert {dialogue.question for dialogue in holey.asked_aloud} == {lab.plan.sets["followed"][7].text}
+    lines = prepare_lines(holey, holey.recipe.stage("speak"), False, Ranks(), lambda rows: None)
+    said = [place for place in lab.plan.replies if place in waves["spoken"].places]
+    assert len(waves["spoken"].places) <= len(lines) <= len(waves["spoken"].places) + len(said)
 
 
 def test_a_mixture_gives_as_many_rows_of_each_task_and_no_silent_ones(lab: Lab) -> None:

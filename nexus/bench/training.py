@@ -8,6 +8,7 @@ sides learn by AdamW with the same model code, so what differs is the batches an
 
 import functools
 import importlib.util
+import io
 import random
 import tempfile
 import time
@@ -26,15 +27,17 @@ from nexus.data.chat import ChatTokenizer, Rendered
 from nexus.data.mixture import Mixture
 from nexus.data.prepared import Line, SpeechBatches, speech_batch
 from nexus.data.stream import Budget, Lengths
-from nexus.demo.corpus import Waves, plan, speak_set
+from nexus.demo.corpus import plan
 from nexus.demo.lab import Lab
 from nexus.demo.mandarin import pairs
 from nexus.demo.rows import film_row, film_words, heard_rows, picture_row, tokenizer_texts, typed_row
+from nexus.demo.spoken import speak
 from nexus.demo.world import World
 from nexus.errors import BadConfig
 from nexus.model.folder import save_model
 from nexus.model.omni import OmniModel
 from nexus.processes import cores, in_processes
+from nexus.progress import Progress
 from nexus.recipe import OptimConfig, Recipe
 from nexus.train.loop import Pace, fit
 from nexus.train.parallel import Ranks
@@ -150,13 +153,11 @@ def _lab(heat: Heat, folder: Path) -> Lab:
     world = World(recipe.world.seed)
     plans = plan(world, recipe.world)
     sets = {name: members for name, members in plans.sets.items() if not name.startswith("test_")}
-    for name, members in sets.items():
-        speak_set(folder / name, members, 1, lambda count, seconds: None)
+    waves = speak(folder / "corpus", sets, 0.0, 1, Progress(io.StringIO()))
     chinese = [pair.zh for pair in pairs("train", heat.sentences, world.seed)]
     texts = tokenizer_texts([*world.all_sentences_for_lm(heat.sentences), *film_words()], chinese)
     tokenizer = ChatTokenizer.train(recipe.tokenizer, texts, recipe.model.language.vocab_size)
     torch.manual_seed(0)
-    waves = {name: Waves(folder / name, members) for name, members in sets.items()}
     return Lab(recipe, world, plans, waves, tokenizer, OmniModel(recipe.model).eval())
 
 

@@ -1,35 +1,23 @@
-"""The demo's sound: which sentence is spoken by which voice with which noise, and the waveforms on disk.
+"""The demo's corpus as it is planned: which sentence is spoken by which voice with which noise.
 
-Everything that is decided here follows from the seed; the synthesiser itself is not bit-reproducible, so waveforms
-are made once, kept in shards, and never part of an identity: a sample's id is a hash of text, voice, parameters and
-step versions. A killed run keeps its finished shards.
+Everything that is decided here follows from the seed. Waveforms are never part of an identity: a sample's id is a hash
+of text, voice, parameters and step versions.
 """
 
 import functools
-import hashlib
-import json
-import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import numpy as np
 
 from nexus.demo.mandarin import Pair, pairs
-from nexus.demo.manner import Delivery, Emotion, Manner, emotions, groups, manners, shaped, speakers
+from nexus.demo.manner import Delivery, Emotion, Manner, emotions, groups, manners, speakers
 from nexus.demo.phrases import Item
 from nexus.demo.talks import follow_up_texts, picture_question_texts, spoken_asks, spoken_follow_ups
 from nexus.demo.world import SPLITS, Split, World
-from nexus.engines.speak import Voice, speak_many, voice_pool
+from nexus.engines.speak import Voice, voice_pool
 from nexus.errors import BadConfig
-from nexus.media import resample
 from nexus.recipe import WorldConfig, fingerprint
-from nexus.synth.steps import at_level, trimmed, with_noise
-from nexus.types import Audio
 
-RATE_HZ = 16_000
-SHARD = 1000  # utterances; the unit that survives a kill
 STEPS = {"espeakng-loader": "0.2.4", "trim": 1, "resample": 1, "shape": 1, "noise": 1}  # a change here is a new corpus
 
 
@@ -184,100 +172,3 @@ def _manner(
             plan.sets[f"{head}felt"] = [
                 Utterance(said[-1 - i % len(said)], delivery) for i, (_, delivery) in enumerate(moved)
             ]
-
-
-def finish(utterance: Utterance, sound: Audio) -> np.ndarray:
-    """Trim, resample to 16 kHz, shape, set the level and add seeded noise; i16 [W]. Runs in the synthesis processes."""
-    assert sound.samples is not None
-    how = utterance.delivery
-    wave = resample(trimmed(sound.samples, sound.rate_hz), sound.rate_hz, RATE_HZ)
-    wave = at_level(shaped(wave, RATE_HZ, how), how.gain_db)
-    if how.noise_db is not None:
-        wave = with_noise(wave, how.noise_db, int(utterance.id, 16))
-    return np.round(np.clip(wave, -1, 1) * 32767).astype(np.int16)
-
-
-class Waves:
-    """The waveforms of one set, read from their shards when they are asked for.
-
-    Read, not mapped: mapped pages count as memory of the process, and training walks through all of them.
-    """
-
-    def __init__(self, folder: Path, utterances: Sequence[Utterance]) -> None:
-        numbers = range(-(-len(utterances) // SHARD))
-        lengths = [np.load(folder / f"{number:03}.lengths.npy") for number in numbers]
-        self._shards = [open(folder / f"{number:03}.i16", "rb", buffering=0) for number in numbers]  # noqa: SIM115
-        self.lengths = np.concatenate(lengths)
-        assert len(self.lengths) == len(utterances), (folder, len(self.lengths), len(utterances))
-        self._starts = np.concatenate([np.cumsum(n) - n for n in lengths])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Audio:
-        """Sound f32 [W] at 16 kHz."""
-        shard, length, start = self._shards[index // SHARD], int(self.lengths[index]), int(self._starts[index])
-        data = os.pread(shard.fileno(), 2 * length, 2 * start)
-        return Audio(samples=np.frombuffer(data, np.int16).astype(np.float32) / 32767, rate_hz=RATE_HZ)
-
-    def digest(self) -> str:
-        """Digest of the waveforms: what every later result may be compared on."""
-        digest = hashlib.sha256()
-        for shard in self._shards:
-            shard.seek(0)
-            while block := shard.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()[:16]
-
-
-def speak_set(
-    folder: Path, utterances: Sequence[Utterance], processes: int, spoken: Callable[[int, float], None]
-) -> Waves:
-    """The waveforms of a set, made now or found in `folder`; `spoken(count, seconds)` is told what is added."""
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [n for n in range(-(-len(utterances) // SHARD)) if not _is_whole(folder, n, utterances)]
-    jobs = [i for n in missing for i in range(n * SHARD, min((n + 1) * SHARD, len(utterances)))]
-    wanted = [utterances[i] for i in jobs]
-    found = len(utterances) - len(wanted)
-    if found:
-        spoken(found, 0.0)
-    pieces: list[np.ndarray] = []
-    made = speak_many([(u.text, u.delivery.voice, u) for u in wanted], processes, finish)
-    for place, wave in enumerate(made):
-        pieces.append(wave)
-        spoken(1, len(wave) / RATE_HZ)
-        number = jobs[place] // SHARD
-        if place + 1 == len(jobs) or jobs[place + 1] // SHARD != number:
-            _write_shard(folder, number, pieces, utterances)
-            pieces = []
-    return Waves(folder, utterances)
-
-
-def _ids(number: int, utterances: Sequence[Utterance]) -> str:
-    return fingerprint([u.id for u in utterances[number * SHARD : (number + 1) * SHARD]])
-
-
-def _is_whole(folder: Path, number: int, utterances: Sequence[Utterance]) -> bool:
-    """Whether a shard was written to its end for just these utterances."""
-    note = folder / f"{number:03}.json"
-    if not note.is_file():
-        return False
-    said = json.loads(note.read_text())
-    data = folder / f"{number:03}.i16"
-    return said["ids"] == _ids(number, utterances) and data.is_file() and data.stat().st_size == said["bytes"]
-
-
-def _write_shard(folder: Path, number: int, pieces: Sequence[np.ndarray], utterances: Sequence[Utterance]) -> None:
-    """Data first, the note that declares it whole last."""
-    stem = folder / f"{number:03}"
-    data = np.concatenate(pieces)
-    with open(f"{stem}.i16.part", "wb") as file:
-        data.tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{stem}.i16.part", f"{stem}.i16")
-    np.save(f"{stem}.lengths.npy", np.array([len(piece) for piece in pieces]))
-    note = {"ids": _ids(number, utterances), "bytes": data.nbytes}
-    part = Path(f"{stem}.json.part")
-    part.write_text(json.dumps(note))
-    os.replace(part, f"{stem}.json")

@@ -19,13 +19,14 @@ from nexus.codec.rvq import RVQCodec
 from nexus.data.chat import ChatTokenizer
 from nexus.demo import stages
 from nexus.demo.beside import beside
-from nexus.demo.corpus import Waves, plan, speak_set
+from nexus.demo.corpus import plan
 from nexus.demo.evaluate import Answers, Exam, Sat, first_sound_seconds
 from nexus.demo.lab import Lab
 from nexus.demo.mandarin import pairs
 from nexus.demo.rows import HEARD_TASKS, SILENT_TASKS, check_mixture, film_words, tokenizer_texts
 from nexus.demo.run import Run, count
 from nexus.demo.show import model_card, write_demo_report
+from nexus.demo.spoken import RATE_HZ, counts, open_waves, speak
 from nexus.demo.world import World
 from nexus.engines.speak import Espeak, Voice
 from nexus.errors import BadConfig
@@ -126,23 +127,19 @@ def _prepare(run: Run) -> Lab:
     with run.clocked("setup"):
         plans = plan(world, config)
 
-    def speak() -> dict[str, Any]:
-        hours, digests = 0.0, {}
-        total = sum(len(members) for members in plans.sets.values())
-        with run.progress.stage("corpus", total, "utterances") as watch:
+    def spoken() -> dict[str, Any]:
+        made = speak(run.out / "cache", plans.sets, config.verified, run.plan["threads"], run.progress)
+        return {
+            "utterances": sum(map(len, made.values())),
+            "hours": sum(int(waves.lengths.sum()) for waves in made.values()) / RATE_HZ / 3600,
+            "fingerprint": plans.fingerprint,
+            "waves": {name: waves.digest() for name, waves in made.items()},
+            "sets": counts(run.out / "cache"),
+        }
 
-            def spoken(count: int, seconds: float) -> None:
-                nonlocal hours
-                hours += seconds / 3600
-                watch.advance(count, hours=hours)
-
-            for name, members in plans.sets.items():
-                digests[name] = speak_set(run.out / "cache" / name, members, run.plan["threads"], spoken).digest()
-        return {"utterances": total, "hours": hours, "fingerprint": plans.fingerprint, "waves": digests}
-
-    run.once("corpus", speak)
+    run.once("corpus", spoken)
     with run.clocked("setup"):
-        waves = {name: Waves(run.out / "cache" / name, members) for name, members in plans.sets.items()}
+        waves = open_waves(run.out / "cache", plans.sets)
         path = run.out / "state" / "tokenizer.json"
         if not path.is_file():
             bilingual = config.mandarin or config.english
@@ -276,7 +273,7 @@ def _voice_box_and_ears(run: Run, lab: Lab) -> tuple[dict[str, Any], dict[str, A
     if not run.has("codec"):
         with run.progress.stage("quantiser", unit="fits"):
             waves = lab.waves["spoken"]
-            sounds = [torch.from_numpy(waves[i].samples) for i in range(min(QUANTISER_SOUNDS, len(waves)))]
+            sounds = [torch.from_numpy(waves[i].samples) for i in waves.places[:QUANTISER_SOUNDS]]
             codec.fit_quantizer(sounds, lab.seed("quantiser"))
     first = run.train(lab.model, config, stages.codec_losses(lab, config))
     ears = run.recipe.stage("ears")
@@ -342,11 +339,12 @@ def _leave(
     lab.tokenizer.save(run.out / "model" / "tokenizer.json")
     (run.out / "model" / "README.md").write_text(model_card(run.recipe, report), encoding="utf-8")
     stage_records = {name: {k: v for k, v in record.items() if k != "curve"} for name, record in records.items()}
-    details = {"plan": run.plan, "stages": stage_records, "machine": machine, "versions": versions}
+    corpus = counts(run.out / "cache")
+    details = {"plan": run.plan, "corpus": corpus, "stages": stage_records, "machine": machine, "versions": versions}
     write_json(
         run.out / "run.json", {"schema": 1, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **details}
     )
-    write_demo_report(run.out / "report.html", exam, report, records, replies)
+    write_demo_report(run.out / "report.html", exam, report, records, replies, corpus)
     write_json(run.out / "report.json", report)
 
 

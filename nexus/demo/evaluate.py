@@ -254,7 +254,7 @@ class Exam:
         score = self._right("ser", trained, untrained)
         wanted = list(self.lab.plan.emotions["test_felt"])
         sounds, heard = self.lab.waves["felt"], self.lab.waves["test_felt"]
-        learned = range(min(BASELINE_SOUNDS, len(sounds)))
+        learned = sounds.places[:BASELINE_SOUNDS]
         guesses = pitch_energy_baseline(
             [sounds[i] for i in learned],
             [self.lab.plan.emotions["felt"][i] for i in learned],

@@ -11,11 +11,12 @@ import numpy as np
 
 from nexus.data.chat import ChatTokenizer, Rendered, render
 from nexus.data.collate import collate
-from nexus.demo.corpus import Plan, Waves
+from nexus.demo.corpus import Plan
 from nexus.demo.films import Film, films
 from nexus.demo.mandarin import Pair, pairs
 from nexus.demo.pictures import Scene
 from nexus.demo.pictures import render as draw
+from nexus.demo.spoken import Waves
 from nexus.demo.talks import Dialogue, dialogues
 from nexus.demo.world import World
 from nexus.model.omni import OmniModel
@@ -79,18 +80,23 @@ class Lab:
         return dialogues("train", LEARNED_DIALOGUES, self.world, stream=1)
 
     @functools.cached_property
+    def asked_aloud(self) -> list[Dialogue]:
+        """Those of the conversations whose last question has a recording."""
+        return [dialogue for dialogue in self.dialogues if dialogue.question in self.recordings["followed"]]
+
+    @functools.cached_property
     def spelling(self) -> dict[str, list[str]]:
         """Set -> what an ear that spells should write down."""
         return {name: self.plan.spelling(name) for name in self.plan.sets}
 
     @functools.cached_property
     def recordings(self) -> dict[str, dict[str, list[int]]]:
-        """Set -> text -> its places, of the sets whose few texts are drawn by their words."""
+        """Set -> text -> its places that have sound, of the sets whose few texts are drawn by their words."""
         found: dict[str, dict[str, list[int]]] = {}
         for name in ("looked", "followed"):
             places = found.setdefault(name, defaultdict(list))
-            for place, utterance in enumerate(self.plan.sets.get(name, ())):
-                places[utterance.text].append(place)
+            for place in self.waves[name].places if name in self.waves else ():
+                places[self.plan.sets[name][place].text].append(place)
         return found
 
     def seed(self, stage: str) -> int:

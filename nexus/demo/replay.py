@@ -18,7 +18,7 @@ import torch
 from nexus.data.chat import ChatTokenizer, Rendered, task_turns
 from nexus.data.headers import lengths_of, row_length
 from nexus.data.stream import Lengths
-from nexus.demo.corpus import plan, speak_set
+from nexus.demo.corpus import plan
 from nexus.demo.lab import Lab
 from nexus.demo.papers import papers
 from nexus.demo.rows import (
@@ -31,6 +31,7 @@ from nexus.demo.rows import (
     picture_row,
     typed_row,
 )
+from nexus.demo.spoken import speak
 from nexus.demo.talks import follow_up_texts, picture_question_texts
 from nexus.demo.world import World
 from nexus.errors import BadConfig
@@ -82,7 +83,7 @@ def retold(init: Path, spoken_in: Path, utterances: int, processes: int, progres
     recipe = _recipe_of(init)
     assert recipe.world is not None
     recipe = recipe.model_copy(update={"world": smaller(recipe.world, utterances)})
-    lab = _spoken(recipe, SPOKEN_SETS, init, spoken_in, processes, progress)
+    lab = _spoken(recipe, SPOKEN_SETS, init, spoken_in / "learned", processes, progress)
     lab.origin = (init, spoken_in, utterances, processes)
     return lab
 
@@ -91,7 +92,7 @@ def exam_rows(init: Path, spoken_in: Path, processes: int, progress: Progress) -
     """The demo's written examination with its right answers, every task in turn: what nothing was learned from, so
     that it can be measured before and after. Spoken now or found in `spoken_in`. Raises as `retold` does.
     """
-    lab = _spoken(_recipe_of(init), EXAM_SETS, init, spoken_in, processes, progress)
+    lab = _spoken(_recipe_of(init), EXAM_SETS, init, spoken_in / "exam", processes, progress)
     asked = [
         [
             Sample(f"{name}-{number}", name, (*ask, Turn("assistant", (Text(wanted),))))
@@ -111,16 +112,8 @@ def _spoken(
     world = World(recipe.world.seed)
     plans = plan(world, recipe.world)
     names = [name for name in sets if name in plans.sets]
-    waves, hours = {}, 0.0
-    with progress.stage("replay", sum(len(plans.sets[name]) for name in names), "utterances") as watch:
-
-        def spoken(count: int, seconds: float) -> None:
-            nonlocal hours
-            hours += seconds / 3600
-            watch.advance(count, hours=hours)
-
-        for name in names:
-            waves[name] = speak_set(spoken_in / name, plans.sets[name], processes, spoken)
+    said = {name: plans.sets[name] for name in names}
+    waves = speak(spoken_in, said, recipe.world.verified, processes, progress)
     with torch.device("meta"):
         model = OmniModel(recipe.model)
     return Retold(recipe, world, plans, waves, ChatTokenizer.load(init / "tokenizer.json"), model)
@@ -220,7 +213,7 @@ class ReplayedSpeech:
         assert recipe.world is not None
         world = smaller(recipe.world, FEWEST).model_copy(update={"spoken": min(sentences, recipe.world.spoken)})
         recipe = recipe.model_copy(update={"world": world})
-        lab = _spoken(recipe, ("spoken",), init, spoken_in, processes, progress)
+        lab = _spoken(recipe, ("spoken",), init, spoken_in / "voice", processes, progress)
         self._said, self._waves = lab.plan.sets["spoken"], lab.waves["spoken"]
 
     @property
@@ -229,11 +222,12 @@ class ReplayedSpeech:
         return fingerprint([utterance.id for utterance in self._said])
 
     def __len__(self) -> int:
-        return len(self._said)
+        return len(self._waves.places)
 
     def __getitem__(self, row: int) -> Sample:
         """A sentence to be read aloud, and its sound as the answer, loaded."""
-        turns = task_turns("tts", text=self._said[row].text, speech=self._waves[row])
+        place = self._waves.places[row]
+        turns = task_turns("tts", text=self._said[place].text, speech=self._waves[place])
         return Sample(f"replay-tts-{row}", "tts", turns)
 
 

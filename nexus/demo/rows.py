@@ -170,13 +170,13 @@ def _lesson(lab: Lab, task: str, rows: int, stage: str) -> Callable[[int], list[
 
 
 def _places(lab: Lab, task: str) -> list[tuple[str, int]]:
-    """(set, place) of every recording a task is learned from."""
+    """(set, place) of every recording a task is learned from; places without sound are left out."""
     sets: tuple[str, ...]
     match task:
         case "asr":
             sets = tuple(name for name in ("heard", "mandarin", "english") if name in lab.plan.sets)
         case "chat":
-            return [("heard", i) for i in range(len(lab.plan.questions))]
+            return [("heard", i) for i in lab.waves["heard"].places if i < len(lab.plan.questions)]
         case "s2tt":
             sets = tuple(name for name in ("mandarin", "english") if name in lab.plan.sets)
         case "caption":
@@ -185,7 +185,7 @@ def _places(lab: Lab, task: str) -> list[tuple[str, int]]:
             sets = ("felt",)
         case _:
             raise AssertionError(task)
-    return [(name, i) for name in sets for i in range(len(lab.plan.sets[name]))]
+    return [(name, i) for name in sets for i in lab.waves[name].places]
 
 
 def heard_turns(lab: Lab, task: str, name: str, i: int) -> tuple[Turn, ...]:
@@ -209,7 +209,8 @@ def heard_turns(lab: Lab, task: str, name: str, i: int) -> tuple[Turn, ...]:
 def _talk_about_picture(lab: Lab, rng: random.Random) -> Heard:
     """A picture and a spoken question about it, then sometimes its words, and typed questions about the picture."""
     index = rng.randrange(len(lab.scenes))
-    item, *more = rng.sample(picture_questions(lab.scenes[index], rng), 1 + SEEN_AGAIN)
+    heard = [ask for ask in picture_questions(lab.scenes[index], rng) if ask.question in lab.recordings["looked"]]
+    item, *more = rng.sample(heard, min(len(heard), 1 + SEEN_AGAIN))
     question = lab.waves["looked"][rng.choice(lab.recordings["looked"][item.question])]
     talk = seen_and_heard(Image(pixels=lab.pictures[index]), question, item)
     if rng.random() < RECALLED:
@@ -225,7 +226,7 @@ def seen_and_heard(picture: Image, question: Audio, item: Item) -> tuple[Turn, .
 
 
 def _follow_up(lab: Lab, rng: random.Random) -> Heard:
-    return dialogue_turns(lab, rng.choice(lab.dialogues), rng, aloud=True)
+    return dialogue_turns(lab, rng.choice(lab.asked_aloud), rng, aloud=True)
 
 
 def film_words() -> list[str]:

@@ -46,7 +46,12 @@ STAGES = {"align": "1 audio alignment", "sft": "2 audio instruction tuning", "sp
 
 
 def write_demo_report(
-    path: Path, exam: Exam, report: dict[str, Any], records: dict[str, dict[str, Any]], replies: dict[str, Any]
+    path: Path,
+    exam: Exam,
+    report: dict[str, Any],
+    records: dict[str, dict[str, Any]],
+    replies: dict[str, Any],
+    corpus: dict[str, dict[str, Any]],
 ) -> None:
     """report.html: scores beside their baselines, learning curves, pictures, questions and spoken answers."""
     sections = [
@@ -58,6 +63,7 @@ def write_demo_report(
         ("Reading aloud", (_read_aloud(exam, replies["trained"], replies["recited"]),)),
         ("Hearing", (_transcripts(exam, replies["trained"]),)),
         ("Learning", (*_curves(records), _stages(records, report))),
+        ("Corpus", (_corpus(corpus),)),
     ]
     parameters = f"{report['model']['parameters'] / 1e6:.1f} million"
     facts = (
@@ -234,6 +240,20 @@ def _stages(records: dict[str, dict[str, Any]], report: dict[str, Any]) -> Table
         "was, bit for bit."
     )
     return Table("Stages", note, columns, rows)
+
+
+def _corpus(sets: dict[str, dict[str, Any]]) -> Table:
+    states = ("spoken", "verified", "failed", "unverified", "unchecked")
+    rows = tuple(
+        (name, told["language"], *(told[state] for state in states), sum(told["rejected"].values()))
+        for name, told in sets.items()
+    )
+    note = (
+        "A share of the utterances is heard by PocketSphinx before noise is added. Unverified: it follows no Mandarin, "
+        "and not every voice. Unchecked: not drawn. What failed is not learned from; what is examined stays, whatever "
+        "was heard."
+    )
+    return Table("What was spoken", note, ("set", "language", *states, "rejected"), rows)
 
 
 def _audible(sound: Audio) -> Audio | None:

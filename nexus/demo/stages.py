@@ -89,7 +89,7 @@ def ears_losses(lab: Lab, config: StageConfig) -> tuple[Losses, CharacterCTC]:
     hearing = lab.model.hearing
     assert hearing is not None
     head = CharacterCTC(hearing.config.encoder.width)
-    places = [(name, i) for name in EARS if name in lab.plan.sets for i in range(len(lab.plan.sets[name]))]
+    places = [(name, i) for name in EARS if name in lab.plan.sets for i in lab.waves[name].places]
     lengths = [int(lab.waves[name].lengths[i]) for name, i in places]
     buckets = Buckets(lengths, config.mixture["asr"], lab.seed("ears"))
 
@@ -143,8 +143,9 @@ def prepare_lines(lab: Lab, config: StageConfig, bf16: bool, ranks: Ranks, tell:
     """Frozen language states and codec codes of what this rank learns to say: sentences to read aloud, and answers to
     spoken questions in the mixture's proportion."""
     spoken = lab.plan.sets["spoken"]
-    jobs: list[tuple[int | None, int]] = [(None, place) for place in range(len(spoken))]  # (question, what is said)
-    replies = [(question, place) for question, place in enumerate(lab.plan.replies) if place >= 0]
+    said, asked = set(lab.waves["spoken"].places), set(lab.waves["heard"].places)
+    jobs: list[tuple[int | None, int]] = [(None, place) for place in sorted(said)]  # (question, what is said)
+    replies = [(ask, place) for ask, place in enumerate(lab.plan.replies) if ask in asked and place in said]
     jobs += replies[: len(jobs) * config.mixture["s2s"] // config.mixture["tts"]]
     jobs = jobs[ranks.rank :: ranks.world]
     jobs.sort(key=lambda job: (job[0] is not None, len(spoken[job[1]].text)))  # rows of one length side by side
