@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nexus.engines.speak import EFFECTS, Espeak, Voice, speak_many, voice_pool
+from nexus.engines.speak import EFFECTS, Espeak, Voice, voice_pool
 from nexus.engines.transcribe import PocketSphinx, bigram_arpa, transcribe_many
 from nexus.errors import BadMedia, Busy, NexusError
+from nexus.processes import in_processes
 from nexus.types import Audio
 
 F2 = Voice("en-us+f2")
@@ -46,18 +47,19 @@ def samples_of(audio: Audio) -> np.ndarray:
     return audio.samples
 
 
-def size_and_sum(index: int, audio: Audio) -> tuple[int, float]:
-    return len(samples_of(audio)), float(np.abs(samples_of(audio)).sum())
+def size_and_sum(job: tuple[str, Voice]) -> tuple[int, float]:
+    samples = samples_of(Espeak().speak(*job))
+    return len(samples), float(np.abs(samples).sum())
 
 
-def modules_and_pid(index: int, audio: Audio) -> tuple[bool, int]:
+def modules_and_pid(job: int) -> tuple[bool, int]:
     return "torch" in sys.modules, os.getpid()
 
 
-def refuse_the_second(index: int, audio: Audio) -> int:
-    if index == 1:
+def refuse_the_second(job: int) -> int:
+    if job == 1:
         raise BadMedia("too dull")
-    return index
+    return job
 
 
 # --- speak
@@ -149,7 +151,7 @@ def test_a_second_thread_is_refused_while_the_first_lives(espeak: Espeak) -> Non
     thread = threading.Thread(target=elsewhere, name="second")
     thread.start()
     thread.join()
-    assert isinstance(caught[0], Busy) and "'second'" in str(caught[0]) and "speak_many" in str(caught[0])
+    assert isinstance(caught[0], Busy) and "'second'" in str(caught[0])
 
 
 def test_the_pool_holds_many_distinct_voices_without_effects_and_all_can_be_spoken(espeak: Espeak) -> None:
@@ -163,40 +165,39 @@ def test_the_pool_holds_many_distinct_voices_without_effects_and_all_can_be_spok
         voice_pool("tlh")
 
 
-def test_many_processes_say_in_order_exactly_what_one_voice_says(espeak: Espeak) -> None:
-    jobs = [(f"number {n}", Voice(name), n) for n, name in enumerate(voice_pool()[::6])]
-    expected = [size_and_sum(note, espeak.speak(text, voice)) for text, voice, note in jobs]
-    assert list(speak_many(jobs, 2, size_and_sum)) == expected
-    assert list(speak_many(jobs[:3], 1, size_and_sum)) == expected[:3]
-    assert list(speak_many([], 2, size_and_sum)) == []
+def test_many_processes_say_in_order_exactly_what_one_voice_says() -> None:
+    jobs = [(f"number {n}", Voice(name)) for n, name in enumerate(voice_pool()[::6])]
+    expected = [size_and_sum(job) for job in jobs]
+    assert list(in_processes(size_and_sum, jobs, 2, 32)) == expected
+    assert list(in_processes(size_and_sum, jobs[:3], 1, 32)) == expected[:3]
+    assert list(in_processes(size_and_sum, [], 2, 32)) == []
 
 
-def test_speaking_processes_are_others_and_do_without_torch() -> None:
-    [(torch_loaded, pid)] = speak_many([("one", F2, 0)], 1, modules_and_pid)
+def test_working_processes_are_others_and_do_without_torch() -> None:
+    [(torch_loaded, pid)] = in_processes(modules_and_pid, [0], 1, 32)
     assert not torch_loaded and pid != os.getpid()
 
 
-def test_a_failed_job_names_its_text_and_voice_and_keeps_its_kind() -> None:
-    jobs = [("fine", F2, 0), ("bad voice", Voice("en-us+nobody"), 1)]
-    with pytest.raises(NexusError, match=r"job 1 \(voice en-us\+nobody,.*text 'bad voice'\).*no variant 'nobody'"):
-        list(speak_many(jobs, 1, size_and_sum))
-    with pytest.raises(BadMedia, match=r"job 1 .*text 'two'\): too dull"):
-        list(speak_many([("one", F2, 0), ("two", F2, 1)], 1, refuse_the_second))
+def test_a_failed_job_ends_the_work_and_keeps_its_kind() -> None:
+    with pytest.raises(NexusError, match="no variant 'nobody'"):
+        list(in_processes(size_and_sum, [("fine", F2), ("bad voice", Voice("en-us+nobody"))], 1, 32))
+    with pytest.raises(BadMedia, match="too dull"):
+        list(in_processes(refuse_the_second, [0, 1], 1, 32))
     with pytest.raises(NexusError, match="at least 1, got 0"):
-        list(speak_many(jobs, 0, size_and_sum))
+        list(in_processes(refuse_the_second, [0], 0, 32))
 
 
 SCRIPT = """
 import os, sys, time
-from nexus.engines.speak import Voice, speak_many
+from nexus.processes import in_processes
 
-def work(index, audio):
+def work(job):
     os.write(1, f"{{os.getpid()}}\\n".encode())
     time.sleep({seconds})
-    return len(audio.samples)
+    return job
 
 {guard}
-    print(sum(speak_many([("hi", Voice("en-us+f2"), 0)] * 40, 2, work)), flush=True)
+    print(sum(in_processes(work, [1] * 40, 2, 32)), flush=True)
 """
 
 

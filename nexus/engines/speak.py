@@ -4,7 +4,7 @@ The library keeps all its state in globals (voice, rate, the phase of the pitch 
 sound depends on everything it said before, and two threads spoil each other. Here it is loaded afresh for every
 call, seeded, and unloaded (0.4 ms beside 0.8 ms of synthesis), which makes the sound a function of text and voice
 alone, bit for bit on one build of the library (tested with glibc; it also holds only as long as nothing else in the
-process keeps the same library open). Several processes are the way to use several cores: `speak_many`.
+process keeps the same library open). Several processes are the way to use several cores.
 """
 
 import _ctypes
@@ -13,21 +13,17 @@ import difflib
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import espeakng_loader
 import numpy as np
 
 from nexus.errors import Busy, NexusError
-from nexus.processes import in_processes
 from nexus.types import Audio
-
-T = TypeVar("T")
-Note = TypeVar("Note")
 
 VOLUME = 50  # half of the default, at which 83 of 425 voices run into full scale; median peak 0.39
 RATE_WPM = (80, 449)  # below 80 the library clamps in silence, from 450 it changes its method (sonic)
@@ -40,7 +36,6 @@ EFFECTS = (
     *("whisper", "whisperf", "croak", "Demonic", "UniRobot", "anikaRobot", "fast", "Mr serious"),
     *("robosoft", *(f"robosoft{n}" for n in range(2, 9)), "RicishayMax", "RicishayMax2", "RicishayMax3"),
 )
-CHUNK = 32  # jobs handed to a process at a time: about 50 ms of work
 
 # The library's own numbers (speak_lib.h, revision 12).
 _SYNCHRONOUS, _BUFFER_MS, _DONT_EXIT = 2, 60, 0x8000
@@ -133,26 +128,6 @@ def voice_pool(language: str = "en") -> list[str]:
     return [f"{accent}+{variant}" for accent in ACCENTS[language] for variant in variants]
 
 
-def speak_many(
-    jobs: Sequence[tuple[str, Voice, Note]], processes: int, finish: Callable[[Note, Audio], T]
-) -> Iterator[T]:
-    """finish(note, sound) of every job (text, voice, note) in order, made by `processes` spawned processes.
-
-    `finish` runs there (a function of a module, so that it can be pickled): resample or compute features in it; a
-    note is whatever it needs to know of its job. The sound is the same whatever `processes` is. A failed job raises
-    its NexusError with the job's number, voice and text; a script must call this behind `if __name__ == "__main__":`.
-    """
-    return in_processes(functools.partial(_finished, finish), list(enumerate(jobs)), processes, CHUNK)
-
-
-def _finished(finish: Callable[[Note, Audio], T], numbered: tuple[int, tuple[str, Voice, Note]]) -> T:
-    number, (text, voice, note) = numbered
-    try:
-        return finish(note, Espeak().speak(text, voice))
-    except NexusError as error:
-        raise type(error)(f"speech job {number} (voice {voice.key()}, text {_short(text)}): {error}") from error
-
-
 _turn = threading.Lock()
 _owner: threading.Thread | None = None
 
@@ -166,7 +141,7 @@ def _library() -> Iterator[tuple[Any, int]]:
         if _owner is not None and _owner is not here and _owner.is_alive():
             raise Busy(
                 f"espeak-ng belongs to thread {_owner.name!r} of this process and cannot be used from {here.name!r}; "
-                "use one process per speaker (speak_many)"
+                "use one process per speaker"
             )
         _owner = here
     library = ctypes.CDLL(espeakng_loader.get_library_path())
