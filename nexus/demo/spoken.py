@@ -40,8 +40,9 @@ from nexus.types import Audio
 RATE_HZ = 16_000
 SHARD = 1000  # utterances that are brought to the disk together
 BATCH = 32  # utterances that a worker takes at a time: about 100 ms of work
-# One word in three may be wrong: 61 % of clips pass, 98 % of those of the best voice; of wrong pairs of clip and text
-# 0.6 %. Many manners are slow or fast on purpose, so their pace is not judged.
+# One word in three may be wrong. Measured on 580 clips of the demo's corpus: 61 % pass, 97 % of the 122 in the voice
+# that is learned, and 0.3 % of wrong pairs of clip and text. Many manners are slow or fast on purpose, so their pace is
+# not judged.
 MAX_WER = 0.34
 CONTROLS = 3  # other texts that must all be understood before a clip can fail
 CONTROL_TEXTS = 500  # of the corpus, from which they are drawn
