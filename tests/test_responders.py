@@ -15,8 +15,9 @@ from loopback import Loopback, Script, failure
 from suites import chat, lines, says, sound, spoken
 from tiny import tiny_film, tiny_model, tiny_picture, tiny_sound, tiny_tokenizer
 
+from nexus.engines.json_http import JsonServer, PassingError
 from nexus.errors import BadConfig, BadMedia, BadRecord, NexusError
-from nexus.eval.responders import ChatEndpoint, JsonServer, ModelFolder, RecordedAnswers, responder_of
+from nexus.eval.responders import ChatEndpoint, ModelFolder, RecordedAnswers, responder_of
 from nexus.media import load_audio
 from nexus.model.folder import save_model
 from nexus.types import Audio, Part, Sample, Text, Turn
@@ -138,25 +139,30 @@ def test_an_answer_that_was_cut_is_not_complete(serve: Callable[[Script], Loopba
 
 
 @pytest.mark.parametrize(
-    ("script", "words"),
+    ("script", "words", "kind"),
     [
-        (says({"error": "no such model"}, "404 Not Found"), "expected status 200, given 404"),
-        (says(b"<html>"), "expected JSON, given <html>"),
-        (says({"choices": []}), "expected choices[0].message"),
-        (says([1]), "expected choices[0].message"),
-        (says(chat("x") | {"choices": [{"message": {"content": 5}}]}), "expected content to be a text, given 5"),
-        (lambda connection, request: None, "closed the connection without an answer"),
+        (says({"error": "no such model"}, "404 Not Found"), "expected status 200, given 404", NexusError),
+        (says(b"<html>"), "expected JSON, given <html>", NexusError),
+        (says({"choices": []}), "expected choices[0].message", NexusError),
+        (says([1]), "expected choices[0].message", NexusError),
+        (
+            says(chat("x") | {"choices": [{"message": {"content": 5}}]}),
+            "expected content to be a text, given 5",
+            NexusError,
+        ),
+        (lambda connection, request: None, "closed the connection without an answer", PassingError),
         (
             lambda connection, request: connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}"),
             "broke off",
+            PassingError,
         ),
     ],
 )
 def test_what_a_server_does_wrong_is_one_line_with_item_and_address(
-    serve: Callable[[Script], Loopback], script: Script, words: str
+    serve: Callable[[Script], Loopback], script: Script, words: str, kind: type[NexusError]
 ) -> None:
     server = serve(script)
-    said = failure(lambda: ChatEndpoint(server.url, "m").answer([HELLO], speak=False))
+    said = failure(lambda: ChatEndpoint(server.url, "m").answer([HELLO], speak=False), kind)
     assert said.startswith(f"item a: {server.url}") and words in said
 
 
@@ -174,7 +180,9 @@ def test_sound_that_does_not_come_is_said(
 
 def test_a_server_that_stays_silent_is_not_waited_for_forever(serve: Callable[[Script], Loopback]) -> None:
     server = serve(says({}, seconds=1.0))
-    assert "not finished after 0.2 s" in failure(lambda: JsonServer(server.url, timeout_seconds=0.2).ask("/x", {}))
+    assert "not finished after 0.2 s" in failure(
+        lambda: JsonServer(server.url, None, 0.2, 1_000).ask("/x", {}), PassingError
+    )
 
 
 def test_a_server_is_asked_many_at_a_time_and_answers_keep_their_order(serve: Callable[[Script], Loopback]) -> None:
@@ -216,7 +224,7 @@ def test_rows_and_tokens_below_one_are_refused(folder: Path) -> None:
 
 
 def test_nobody_listening_is_one_line() -> None:
-    said = failure(lambda: ChatEndpoint("http://127.0.0.1:9", "m").answer([HELLO], False), NexusError)
+    said = failure(lambda: ChatEndpoint("http://127.0.0.1:9", "m").answer([HELLO], False), PassingError)
     assert "cannot be reached" in said
 
 

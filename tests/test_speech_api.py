@@ -153,7 +153,7 @@ def test_what_may_pass_by_itself_is_tried_again(busy: bytes) -> None:
         (reply(answer(b"<html>login</html>")), "expected JSON, given <html>login", 1),
         (reply(answer({"words": []})), "expected a JSON object with a text", 1),
         (reply(answer(b" " * 2**21)), "longer than 1,048,576 bytes", 1),
-        (reply(b"SSH-2.0-OpenSSH_9\r\n\r\n"), "no answer", 2),
+        (reply(b"SSH-2.0-OpenSSH_9\r\n\r\n"), "expected HTTP", 2),
         (reply(b"HTTP/1.1 302 Found\r\nlocation: http://elsewhere/\r\ncontent-length: 0\r\n\r\n"), "not followed", 1),
     ],
 )

@@ -142,7 +142,7 @@ class PcmServer:
             )
         if start.isascii() and start.translate(None, b"\t\n\r").decode().isprintable():
             raise NexusError(
-                f"{where}: expected 16-bit PCM, given text ({_excerpt(head, self._token)}); is this the right url?"
+                f"{where}: expected 16-bit PCM, given text ({excerpt(head, self._token)}); is this the right url?"
             )
         yield head
         yield from received
@@ -172,7 +172,7 @@ class PcmServer:
             self.refuse_status(response, where)
         kind = (response.getheader("Content-Type") or "").partition(";")[0].strip().lower()
         if kind not in SOUND_TYPES:
-            said = f"expected headerless PCM, given {_excerpt(kind.encode(), None)}"
+            said = f"expected headerless PCM, given {excerpt(kind.encode(), None)}"
             raise NexusError(f"{where}: {said} ({self._explanation(response)}); is this the right url?")
         if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
             raise NexusError(f"{where}: expected plain bytes, given compressed ones; switch compression off there")
@@ -186,14 +186,14 @@ class PcmServer:
         said = f"expected status 200, given {response.status}"
         if 300 <= response.status < 400:
             target = (response.getheader("Location") or "nowhere").partition("?")[0]
-            shown = "another address" if "@" in target else _excerpt(target.encode(), self._token)
+            shown = "another address" if "@" in target else excerpt(target.encode(), self._token)
             raise NexusError(f"{where}: {said}, a redirect to {shown}, which is not followed; name the final address")
         step = STEPS.get(response.status, "see the server's log")
         raise NexusError(f"{where}: {said} ({self._explanation(response)}); {step}")
 
     def _explanation(self, response: http.client.HTTPResponse) -> str:
         try:
-            return _excerpt(response.read(4 * EXCERPT_LETTERS), self._token)
+            return excerpt(response.read(4 * EXCERPT_LETTERS), self._token)
         except (OSError, http.client.HTTPException):
             return "its explanation broke off"
 
@@ -273,10 +273,10 @@ def _broken_off(received: int, declared: int | None = None) -> str:
 
 
 def _words(error: Exception) -> str:
-    return _excerpt((getattr(error, "strerror", None) or str(error) or type(error).__name__).encode(), None)
+    return excerpt((getattr(error, "strerror", None) or str(error) or type(error).__name__).encode(), None)
 
 
-def _excerpt(data: bytes, token: str | None) -> str:
+def excerpt(data: bytes, token: str | None) -> str:
     """The beginning of a foreign text: one line, nothing that moves a cursor, no credentials."""
     text = data.decode("utf-8", "replace")
     if token is not None:

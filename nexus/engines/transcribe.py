@@ -206,6 +206,23 @@ class PocketSphinx:
         return _transcribe(self._decoder, audio)
 
 
+class GeneralPocketSphinx:
+    """The same ear without a closed vocabulary: dictionary (cmudict) and trigram of the wheel, library defaults."""
+
+    def __init__(self) -> None:
+        path = pocketsphinx.get_model_path
+        self._decoder = pocketsphinx.Decoder(
+            hmm=path("en-us/en-us"),
+            dict=path("en-us/cmudict-en-us.dict"),
+            lm=path("en-us/en-us.lm.bin"),
+            loglevel="FATAL",
+        )
+
+    def transcribe(self, audio: Audio) -> str:
+        """As `PocketSphinx.transcribe`."""
+        return _transcribe(self._decoder, audio)
+
+
 class AdaptedPocketSphinx:
     """The recogniser of a folder that `adapt` wrote, which must outlive it.
 

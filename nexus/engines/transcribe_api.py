@@ -5,15 +5,12 @@ user named is contacted: no redirects, no proxies from the environment. An objec
 between threads.
 """
 
-import contextlib
-import http.client
-import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
 
-from nexus.engines.pcm_http import PcmServer, Timeouts
+from nexus.engines.json_http import JsonServer, PassingError
+from nexus.engines.pcm_http import excerpt
 from nexus.engines.transcribe import Heard
 from nexus.errors import BadConfig, NexusError
 from nexus.media import wav_bytes
@@ -21,7 +18,6 @@ from nexus.types import Audio
 
 MAX_REPLY_BYTES = 2**20
 PATH = "/audio/transcriptions"
-AGAIN = (408, 425, 429, 500, 502, 503, 504, 529)
 FIRST_PAUSE_SECONDS = 0.5
 
 
@@ -39,8 +35,7 @@ class TranscriptionApi:
             raise BadConfig(f"transcription server model: expected a name, given {model!r}; give the one it runs")
         if tries < 1:
             raise BadConfig(f"tries: expected at least 1, given {tries}")
-        timeouts = Timeouts(silence_seconds=timeout_seconds, total_seconds=timeout_seconds)
-        self._server = _JsonServer(url, token, timeouts)
+        self._server = JsonServer(url, token, timeout_seconds, MAX_REPLY_BYTES)
         self._model, self._tries = model, tries
         self.id = f"openai:{self._server.url}#{model}"
 
@@ -58,63 +53,19 @@ class TranscriptionApi:
         for attempt in range(1, self._tries):
             try:
                 return self._asked(body, content_type)
-            except _PassingError:
+            except PassingError:
                 time.sleep(FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
         return self._asked(body, content_type)
 
     def _asked(self, body: bytes, content_type: str) -> Heard:
-        reply = self._server.send(body, content_type)
+        reply = self._server.send(PATH, body, content_type)
         if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
+            said = excerpt(repr(reply).encode(), None)
             raise NexusError(
-                f"{self._server.url}{PATH}: expected a JSON object with a text, given {_excerpt(repr(reply))}; is it a "
-                "server of transcriptions?"
+                f"{self._server.url}{PATH}: expected a JSON object with a text, given {said}; is it a server of "
+                "transcriptions?"
             )
         return Heard(" ".join(reply["text"].split()))
-
-
-class _PassingError(NexusError):
-    """A failure that may be gone the next time."""
-
-
-class _JsonServer(PcmServer):
-    """`PcmServer`'s address, connections, waits and refusals, for replies in JSON."""
-
-    def send(self, body: bytes, content_type: str) -> Any:
-        where = self.url + PATH
-        headers = {"Content-Type": content_type, "Accept": "application/json", "Connection": "close"}
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._token}"
-        try:
-            with contextlib.closing(self.connect()) as connection:
-                # A server that refuses stops listening before it was told all; its answer says why.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    connection.request("POST", self._path + PATH, body, headers)
-                with contextlib.closing(connection.getresponse()) as response:
-                    if response.status != 200:
-                        self._refused(response, where)
-                    data = response.read(MAX_REPLY_BYTES + 1)
-                    if response.length and len(data) <= MAX_REPLY_BYTES:
-                        raise _PassingError(f"{where}: the reply broke off; see the server's log")
-        except TimeoutError as error:
-            raise _PassingError(f"{where}: {error}") from None
-        except (OSError, http.client.HTTPException) as error:
-            said = _excerpt(str(error) or type(error).__name__)
-            raise _PassingError(f"{where}: no answer ({said}); see the server's log") from None
-        if len(data) > MAX_REPLY_BYTES:
-            raise NexusError(f"{where}: the reply is longer than {MAX_REPLY_BYTES:,} bytes; is it a transcription?")
-        try:
-            return json.loads(data)
-        except ValueError:
-            said = _excerpt(data.decode("utf-8", "replace"))
-            raise NexusError(f"{where}: expected JSON, given {said}; is this the right url?") from None
-
-    def _refused(self, response: http.client.HTTPResponse, where: str) -> None:
-        try:
-            self.refuse_status(response, where)
-        except NexusError as error:
-            if response.status in AGAIN:
-                raise _PassingError(str(error)) from None
-            raise
 
 
 def _form(fields: dict[str, str], wav: bytes) -> tuple[bytes, str]:
@@ -127,8 +78,3 @@ def _form(fields: dict[str, str], wav: bytes) -> tuple[bytes, str]:
     head = 'Content-Disposition: form-data; name="file"; filename="speech.wav"\r\nContent-Type: audio/wav'
     body = b"".join([*parts, f"--{boundary}\r\n{head}\r\n\r\n".encode(), wav, f"\r\n--{boundary}--\r\n".encode()])
     return body, f"multipart/form-data; boundary={boundary}"
-
-
-def _excerpt(text: str) -> str:
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return f"{line[:120]}…" if len(line) > 120 else line or "nothing"

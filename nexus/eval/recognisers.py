@@ -2,21 +2,19 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import pocketsphinx
-
-from nexus.engines.transcribe import PocketSphinx
-from nexus.errors import BadConfig, NexusError
-from nexus.eval.responders import JsonServer, address_of
+from nexus.engines.transcribe import GeneralPocketSphinx, PocketSphinx
+from nexus.engines.transcribe_api import TranscriptionApi
+from nexus.errors import BadConfig
+from nexus.eval.responders import address_of
 from nexus.eval.suites.corpora import Language
-from nexus.eval.suites.rows import excerpt, read_lines
-from nexus.media import load, wav_bytes
+from nexus.eval.suites.rows import read_lines
+from nexus.media import load
 from nexus.text import normalise_en
 from nexus.types import Audio
 
 KINDS = "pocketsphinx, pocketsphinx:FILE or openai:URL#MODEL"
-BOUNDARY = "nexus-7d1f0b6c2e"  # between the parts of a form; no wav file of ours holds it by chance
 
 
 @runtime_checkable
@@ -44,7 +42,7 @@ def recogniser_of(name: str, token: str | None = None) -> Recogniser:
         case "pocketsphinx" if rest:
             return _Offline(_adapted(Path(rest)), f"pocketsphinx, bigram of {_file_id(Path(rest))} (adapted)")
         case "pocketsphinx" if name == "pocketsphinx":
-            return _Offline(_GeneralPocketSphinx(), "pocketsphinx, general en-us language model")
+            return _Offline(GeneralPocketSphinx(), "pocketsphinx, general en-us language model")
         case "openai":
             return _Server(*address_of(rest), token)
         case _:
@@ -54,45 +52,22 @@ def recogniser_of(name: str, token: str | None = None) -> Recogniser:
 class _Offline:
     languages: tuple[Language, ...] = ("en",)
 
-    def __init__(self, recogniser: PocketSphinx, id: str) -> None:
+    def __init__(self, recogniser: PocketSphinx | GeneralPocketSphinx, id: str) -> None:
         self._recogniser, self.id = recogniser, id
 
     def transcribe(self, audio: Audio, language: Language) -> str:
         return self._recogniser.transcribe(_loaded(audio))
 
 
-class _GeneralPocketSphinx(PocketSphinx):
-    """The same ear without a closed vocabulary: dictionary (cmudict) and trigram of the wheel, library defaults."""
-
-    def __init__(self) -> None:
-        path = pocketsphinx.get_model_path
-        self._decoder = pocketsphinx.Decoder(
-            hmm=path("en-us/en-us"),
-            dict=path("en-us/cmudict-en-us.dict"),
-            lm=path("en-us/en-us.lm.bin"),
-            loglevel="FATAL",
-        )
-
-
 class _Server:
     languages: tuple[Language, ...] = ("en", "zh")
 
     def __init__(self, url: str, model: str, token: str | None) -> None:
-        self._server, self._model = JsonServer(url, token), model
-        self.id = f"openai:{self._server.url}#{model}"
+        self._api = TranscriptionApi(url, model, token)
+        self.id = self._api.id
 
     def transcribe(self, audio: Audio, language: Language) -> str:
-        sound = _loaded(audio)
-        assert sound.samples is not None
-        fields = {"model": self._model, "language": language, "temperature": "0", "response_format": "json"}
-        body = _form(fields, wav_bytes(sound.samples, sound.rate_hz))
-        reply: Any = self._server.send("/audio/transcriptions", body, f"multipart/form-data; boundary={BOUNDARY}")
-        if not isinstance(reply, dict) or not isinstance(reply.get("text"), str):
-            raise NexusError(
-                f"{self._server.url}/audio/transcriptions: expected a JSON object with a text, given "
-                f"{excerpt(repr(reply))}; is it a server of transcriptions?"
-            )
-        return str(reply["text"]).strip()
+        return self._api.hear([_loaded(audio)], language)[0].text
 
 
 def _adapted(path: Path) -> PocketSphinx:
@@ -107,12 +82,3 @@ def _loaded(audio: Audio) -> Audio:
     loaded = load(audio) if audio.samples is None else audio
     assert isinstance(loaded, Audio)
     return loaded
-
-
-def _form(fields: dict[str, str], wav: bytes) -> bytes:
-    parts = [
-        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
-        for name, value in fields.items()
-    ]
-    head = 'Content-Disposition: form-data; name="file"; filename="speech.wav"\r\nContent-Type: audio/wav'
-    return b"".join([*parts, f"--{BOUNDARY}\r\n{head}\r\n\r\n".encode(), wav, f"\r\n--{BOUNDARY}--\r\n".encode()])

@@ -5,9 +5,7 @@ by the suite; nothing here knows a reference.
 """
 
 import base64
-import contextlib
 import hashlib
-import http.client
 import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from nexus.engines.pcm_http import PcmServer, Timeouts
+from nexus.engines.json_http import JsonServer
 from nexus.errors import BadConfig, BadMedia, BadRecord, NexusError
 from nexus.eval.suites.rows import excerpt, read_jsonl, text_of
 from nexus.media import load, load_audio, wav_bytes
@@ -197,7 +195,7 @@ class ChatEndpoint:
     def __init__(
         self, url: str, model: str, *, token: str | None = None, max_tokens: int = MAX_TOKENS, rows: int = ROWS
     ) -> None:
-        self._server, self._model = JsonServer(url, token), model
+        self._server, self._model = JsonServer(url, token, TIMEOUT_SECONDS, MAX_REPLY_BYTES), model
         self._rows = rows
         self._decoding = {"temperature": 0, "seed": 0, "max_tokens": max_tokens}
 
@@ -252,60 +250,6 @@ class ChatEndpoint:
             return load_audio(base64.b64decode(str(audio.get("data")), validate=True))
         except ValueError:
             raise NexusError(f"{self._server.url}: audio.data is no base64; expected a wav file in it") from None
-
-
-class JsonServer(PcmServer):
-    """An address that answers in JSON: addresses, connections and waits as `PcmServer` has them, replies at most
-    MAX_REPLY_BYTES long."""
-
-    def __init__(self, url: str, token: str | None = None, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-        super().__init__(url, token, Timeouts(silence_seconds=timeout_seconds, total_seconds=timeout_seconds))
-
-    def ask(self, path: str, body: Any) -> Any:
-        """What the server says to `body`. Raises NexusError: no connection, no answer in time, status not 200, no
-        JSON."""
-        return self.send(path, json.dumps(body).encode(), "application/json")
-
-    def send(self, path: str, body: bytes, content_type: str) -> Any:
-        """`ask` with a body of another type."""
-        where = self.url + path
-        headers = {"Content-Type": content_type, "Accept": "application/json", "Connection": "close"}
-        if self._token is not None:
-            headers["Authorization"] = f"Bearer {self._token}"
-        try:
-            with contextlib.closing(self.connect()) as connection:
-                # A server that refuses stops listening before it was told all; its answer says why.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    connection.request("POST", self._path + path, body, headers)
-                with contextlib.closing(connection.getresponse()) as response:
-                    if response.status != 200:
-                        self.refuse_status(response, where)
-                    data = response.read(MAX_REPLY_BYTES + 1)
-                    if response.length and len(data) <= MAX_REPLY_BYTES:
-                        raise http.client.IncompleteRead(data, response.length)
-        except (OSError, http.client.HTTPException) as error:
-            raise NexusError(f"{where}: {_reason(error)}") from None
-        if len(data) > MAX_REPLY_BYTES:
-            raise NexusError(f"{where}: the reply is longer than {MAX_REPLY_BYTES:,} bytes; ask for shorter answers")
-        try:
-            return json.loads(data)
-        except ValueError:
-            said = excerpt(data.decode("utf-8", "replace"))
-            raise NexusError(f"{where}: expected JSON, given {said}; is this the right url?") from None
-
-
-def _reason(error: Exception) -> str:
-    match error:
-        case TimeoutError():
-            return str(error)
-        case http.client.IncompleteRead():
-            return "the reply broke off; see the server's log"
-        case ConnectionError() | http.client.RemoteDisconnected():
-            return "closed the connection without an answer; see the server's log"
-        case http.client.HTTPException():
-            return f"expected HTTP, given something else ({excerpt(str(error))}); is this the right url?"
-        case _:
-            return excerpt(str(error))
 
 
 def address_of(text: str) -> tuple[str, str]:
