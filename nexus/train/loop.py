@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nexus.errors import NexusError
+from nexus.processes import give_memory_back
 from nexus.recipe import OptimConfig
 from nexus.train.parallel import Ranks, whole
 from nexus.train.stage import optimizers
 
 ALONE = Ranks()
+HEAP_STEPS = 20  # after so many, holes in the heap are given back
 PROBE_STEPS = 25  # the speed of a stage is measured once on steps 5 .. 25, all inside the warm-up
 
 
@@ -153,6 +155,8 @@ def descend(
         for mover in movers:
             mover.step()
         step += 1
+        if step % HEAP_STEPS == 0:
+            give_memory_back()
         note(Done(step, numbers, norm, factor, time.perf_counter() - begun))
 
 
