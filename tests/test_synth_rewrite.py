@@ -389,7 +389,7 @@ def test_the_fingerprint_tells_results_apart_and_not_patience() -> None:
         config = RewriteConfig(endpoint=EndpointConfig(**({"url": "http://a", "model": "m"} | endpoint)))
         return build(config, Path("x")).fingerprint
 
-    assert of() == of(url="http://b", tries=9, parallel=1, token_variable="T")
+    assert of() == of(url="http://b", tries=9, parallel=1, token_env="T")
     assert len({of(), of(model="n"), of(temperature=0.1), of(seed=1), build(RewriteConfig()).fingerprint}) == 5
 
 
@@ -397,7 +397,7 @@ def test_a_missing_token_or_cache_is_said_before_anyone_is_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("NEXUS_NO_TOKEN", raising=False)
-    config = RewriteConfig(endpoint=EndpointConfig(url="http://a", model="m", token_variable="NEXUS_NO_TOKEN"))
+    config = RewriteConfig(endpoint=EndpointConfig(url="http://a", model="m", token_env="NEXUS_NO_TOKEN"))
     assert "NEXUS_NO_TOKEN" in failure(build(config, tmp_path / "c").setup, BadConfig)
     assert "cache" in failure(lambda: build(config), BadConfig)
     assert issubclass(ChatFailed, NexusError)

@@ -12,7 +12,6 @@ reason. Every answer is kept by the hash of the request, also the bad ones: a ru
 
 import functools
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from nexus.organs import Count, Natural, Positive, Strict
 from nexus.recipe import fingerprint
 from nexus.synth.records import Record, Rejected
 from nexus.synth.rules import RulesConfig, tidy, verdict
+from nexus.synth.speak import token_of
 
 if TYPE_CHECKING:
     from nexus.engines.chat import ChatModel
@@ -36,7 +36,7 @@ class EndpointConfig(Strict):
 
     url: Annotated[str, Field(min_length=1)]  # http://HOST:PORT/v1
     model: Annotated[str, Field(min_length=1)]
-    token_variable: str | None = None  # the environment variable that holds the token; a recipe holds no secrets
+    token_env: str | None = None  # the environment variable that holds the token; a recipe holds no secrets
     parallel: Count = 8  # requests under way, of each worker
     per_minute: Positive | None = None  # requests, of each worker
     tries: Count = 5
@@ -140,7 +140,7 @@ class Rewrite:
         """Over what changes answers: not pace and patience."""
         settings = self._config.model_dump(mode="json")
         if settings["endpoint"]:
-            for key in ("url", "token_variable", "parallel", "per_minute", "tries", "max_pause_seconds"):
+            for key in ("url", "token_env", "parallel", "per_minute", "tries", "max_pause_seconds"):
                 del settings["endpoint"][key]
             for key in ("silence_seconds", "total_seconds"):
                 del settings["endpoint"][key]
@@ -158,7 +158,7 @@ class Rewrite:
         self._model = ChatModel(
             endpoint.url,
             endpoint.model,
-            _token(endpoint.token_variable),
+            token_of(endpoint.token_env, "rewrite.endpoint"),
             Timeouts(silence_seconds=endpoint.silence_seconds, total_seconds=endpoint.total_seconds),
             Patience(endpoint.tries, 1.0, endpoint.max_pause_seconds, endpoint.per_minute),
             AnswerCache(self._cache_file),
@@ -260,14 +260,6 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"field {name} stands there twice")
         tree[name] = value
     return tree
-
-
-def _token(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    if variable not in os.environ:
-        raise BadConfig(f"rewrite.endpoint.token_variable: expected {variable} in the environment; set it")
-    return os.environ[variable]
 
 
 def describe(config: RewriteConfig) -> str:
