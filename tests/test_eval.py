@@ -243,10 +243,10 @@ def test_choices_are_read_with_their_options_and_unclear_replies_are_wrong(tmp_p
         "uniq_id": 4,
     }
     lines(tmp_path / "air" / "Foundation_meta.json", [json.dumps([entry])])
-    for text, accuracy in (("B", 1.0), ("jazz", 0.0)):
-        out = tmp_path / text
+    for text, accuracy, unparsed, of_parsed in (("B", 1.0, 0, 1.0), ("A", 0.0, 0, 0.0), ("jazz", 0.0, 1, None)):
         said = answers(tmp_path / f"{text}.jsonl", {"4": text})
-        assert evaluate(said, "air_bench", tmp_path / "air", out)["air_bench"]["accuracy"] == accuracy
+        scores = evaluate(said, "air_bench", tmp_path / "air", tmp_path / text)["air_bench"]
+        assert (scores["accuracy"], scores["unparsed"], scores["accuracy_of_parsed"]) == (accuracy, unparsed, of_parsed)
 
 
 def test_a_judge_is_asked_once_for_each_answer_and_must_say_one_word(

@@ -100,12 +100,26 @@ def _accuracy(suite: Suite, rows: Sequence[Row], marked: Sequence[Mark]) -> dict
     if result["speech_accuracy"] is None:
         spoken = any(row["audio"] is not None for row in rows)
         result["speech_reason"] = "no recogniser was given" if spoken else "no answer has a sound"
+    if suite.chooses is not None:
+        result |= _of_choices(suite.chooses, rows, marked)
     by_group = _by_group(suite.items, [mark["right"] for mark in marked], _share)
     if by_group:
         result["groups"] = by_group
         if suite.groups != "groups":
             result[suite.groups] = {name: scores["accuracy"] for name, scores in by_group.items()}
     return result
+
+
+def _of_choices(chooses: Callable[[str], bool], rows: Sequence[Row], marked: Sequence[Mark]) -> dict[str, Any]:
+    """`unparsed`, replies that name no choice, which are wrong; and the accuracy without them and without missing
+    replies, as AIR-Bench's published scores leave them out (None where no reply names a choice)."""
+    replies = [str(row["text"] or "") for row in rows if not row["missing"]]
+    num_parsed = sum(map(chooses, replies))
+    right = sum(bool(mark["right"]) for mark in marked)
+    return {
+        "unparsed": len(replies) - num_parsed,
+        "accuracy_of_parsed": right / num_parsed if num_parsed else None,
+    }
 
 
 def _share(right: Sequence[bool | None]) -> dict[str, Any]:

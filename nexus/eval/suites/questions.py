@@ -8,18 +8,14 @@ import functools
 import json
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
-import numpy as np
-
 from nexus.errors import BadConfig, BadRecord
-from nexus.eval.scores import accuracy
 from nexus.eval.suites.rows import excerpt, read_jsonl, read_lines
 from nexus.text import ONES, TENS
 
@@ -42,77 +38,6 @@ class Question:
 
 
 # Scores
-
-
-def graded(questions: Sequence[Question], replies: Mapping[str, str]) -> list[bool]:
-    """Whether each question is answered rightly; `replies` by question id, a missing one is wrong.
-
-    Raises BadRecord for no questions at all, for two with one id and for a reply to no question.
-    """
-    if not questions:
-        raise BadRecord("a score of 0 questions is undefined, expected at least 1; choose a file with items")
-    repeated = [id for id, count in Counter(question.id for question in questions).items() if count > 1]
-    if repeated:
-        raise BadRecord(f"question id {repeated[0]!r} occurs more than once, expected unique ids; repair the items")
-    known = {question.id for question in questions}
-    unknown = [id for id in replies if id not in known]
-    if unknown:
-        raise BadRecord(
-            f"{len(unknown)} replies are to no question, first {unknown[0]!r}; the {len(questions)} questions are "
-            f"{questions[0].id!r} .. {questions[-1].id!r}; remove them or score the suite they belong to"
-        )
-    return [is_right(question, replies.get(question.id, "")) for question in questions]
-
-
-def score_replies(questions: Sequence[Question], replies: Mapping[str, str]) -> dict[str, object]:
-    """Accuracy over all questions with `n`, `ci95`, `protocol` and `missing` (number of questions without a reply).
-
-    Choices add `unparsed` (number of replies without a letter, which are wrong) and `accuracy_of_parsed`, which leaves
-    them out as AIR-Bench's published scores do (None where no reply has a letter). Questions with a task add `tasks`:
-    {task: the same scores}. Raises as `graded`, and BadRecord for questions under several rules.
-    """
-    right = graded(questions, replies)
-    rules = sorted({question.rule for question in questions})
-    if len(rules) > 1:
-        raise BadRecord(f"one score needs one rule, found {' and '.join(rules)}; score these questions apart")
-    pairs = list(zip(questions, right, strict=True))
-    tasks = sorted({question.task for question in questions} - {""})
-    result = _summary(pairs, replies) | {"protocol": rules[0]}
-    if tasks:
-        result["tasks"] = {task: _summary([pair for pair in pairs if pair[0].task == task], replies) for task in tasks}
-    return result
-
-
-def _summary(pairs: Sequence[tuple[Question, bool]], replies: Mapping[str, str]) -> dict[str, object]:
-    right = [is_right for _, is_right in pairs]
-    given = [question for question, _ in pairs if question.id in replies]
-    result = accuracy(right) | {"missing": len(pairs) - len(given)}
-    if pairs[0][0].rule == "contains+aliases/1":
-        return result
-    num_parsed = sum(letter(question.rule, replies[question.id]) is not None for question in given)
-    parsed = {
-        "unparsed": len(given) - num_parsed,
-        "accuracy_of_parsed": sum(right) / num_parsed if num_parsed else None,
-    }
-    return result | parsed
-
-
-def constant_baseline(questions: Sequence[Question]) -> tuple[str, float]:
-    """The single reply, out of the references, that is right most often, and its accuracy: the trivial answer."""
-    replies = sorted({question.answer for question in questions})
-    shares = [sum(is_right(question, reply) for question in questions) / len(questions) for reply in replies]
-    best = int(np.argmax(shares))
-    return replies[best], shares[best]
-
-
-def shuffled_baseline(questions: Sequence[Question]) -> float:
-    """Expected accuracy when every question gets another one's reference as its reply, exactly: over all pairs of
-    different questions, the share where that reply happens to be right."""
-    if len(questions) < 2:
-        return 0.0  # there is no other one
-    references = Counter(question.answer for question in questions)
-    hits = sum(count * is_right(question, reply) for question in questions for reply, count in references.items())
-    return (hits - len(questions)) / (len(questions) * (len(questions) - 1))  # less each question's own reference
 
 
 def is_right(question: Question, reply: str) -> bool:

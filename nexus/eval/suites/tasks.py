@@ -128,9 +128,9 @@ def _long_sound(path: Path) -> Audio:
 @dataclass(frozen=True, eq=False)
 class Suite:
     """Items and how replies to them are marked. `protocol` is JSON and holds all that a score depends on but data,
-    responder, recogniser and judge; `is_right` marks a reply where the metric is accuracy; `question` is what a judge
-    is told; `form` whether text, either or speech is answered; `ids` are those of all items, before a limit; `groups`
-    is what the groups of its items are called."""
+    responder, recogniser and judge; `is_right` marks a reply where the metric is accuracy; `questions` is what a judge
+    is told; `chooses`, for choices, says whether a reply names one at all; `form` whether text, either or speech is
+    answered; `ids` are those of all items, before a limit; `groups` is what the groups of its items are called."""
 
     name: str
     metric: Metric
@@ -138,6 +138,7 @@ class Suite:
     protocol: Mapping[str, Any]
     is_right: Callable[[Item, str], bool] = lambda item, reply: False
     questions: Mapping[str, str] = field(default_factory=dict)
+    chooses: Callable[[str], bool] | None = None
     form: Form = "text"
     ids: frozenset[str] = frozenset()
     groups: str = "groups"
@@ -273,6 +274,8 @@ def _of_questions(
     by_id = {question.id: question for question in asked}
     items = [Item(question.id, turns(question), question.answer, question.task) for question in asked]
     rules = sorted({question.rule for question in asked})
+    assert len(rules) < 2, rules
+    free = rules in ([], ["contains+aliases/1"])
     return Suite(
         "",
         "accuracy",
@@ -280,6 +283,7 @@ def _of_questions(
         {"rule": rules[0] if rules else None, "instruction": instruction, "split": split},
         lambda item, reply: questions.is_right(by_id[item.id], reply),
         {question.id: question.question for question in asked},
+        chooses=None if free else lambda reply: questions.letter(asked[0].rule, reply) is not None,
         form="either" if rules == ["contains+aliases/1"] else "text",
         groups="tasks",
     )
