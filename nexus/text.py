@@ -1,16 +1,14 @@
-"""Text for comparing what was said: normalisers for English and Chinese, word and character error rates.
+"""Text for comparing what was said: normalisers for English and Chinese, word and character errors.
 
-A score is only as good as its normaliser: normalise reference and hypothesis with the same function first. The rates
-here compare what they are given, letter by letter.
+A score is only as good as its normaliser: normalise reference and hypothesis with the same function first. What is
+counted here compares what it is given, letter by letter.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jiwer
-
-from nexus.errors import NexusError
 
 ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -73,37 +71,6 @@ def character_errors(reference: str, hypothesis: str) -> tuple[int, int]:
         return len(expected) + len(given), len(expected)
     counts = jiwer.process_characters(expected, given)
     return counts.substitutions + counts.deletions + counts.insertions, len(expected)
-
-
-def wer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Word error rate of a corpus: all errors over all reference words; may pass 1.
-
-    Raises NexusError when the lists differ in length or hold no reference word (there is no rate then).
-    """
-    return _rate([word_errors(*pair) for pair in _pairs(references, hypotheses)], "word")
-
-
-def cer(references: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Character error rate of a corpus, as `wer`."""
-    return _rate([character_errors(*pair) for pair in _pairs(references, hypotheses)], "character")
-
-
-def _pairs(references: Sequence[str], hypotheses: Sequence[str]) -> list[tuple[str, str]]:
-    if isinstance(references, str) or isinstance(hypotheses, str):
-        raise NexusError("error rates compare two lists of texts, found a single text; put it into a list")
-    if len(references) != len(hypotheses):
-        raise NexusError(
-            f"error rates need one hypothesis per reference: {len(references)} references, {len(hypotheses)} hypotheses"
-            "; give an empty hypothesis for a missing one"
-        )
-    return list(zip(references, hypotheses, strict=True))
-
-
-def _rate(counts: list[tuple[int, int]], unit: str) -> float:
-    num_expected = sum(expected for _, expected in counts)
-    if num_expected == 0:
-        raise NexusError(f"no error rate: the {len(counts)} references hold no {unit}; give at least one")
-    return sum(errors for errors, _ in counts) / num_expected
 
 
 def _folded(text: str) -> str:

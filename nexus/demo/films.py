@@ -105,11 +105,6 @@ def _play(plot: _Plot, rng: random.Random) -> Film:
     return Film(tuple(moments), rng.getrandbits(32))
 
 
-def draw_film(rng: random.Random) -> Film:
-    """A random film: shapes come, or one of two or three moves, in equal shares; so do one move and two."""
-    return _play(_draw_plot(rng), rng)
-
-
 def films(split: Literal["train", "test"], n: int, seed: int, stream: int = 0) -> list[Film]:
     """n films of a split of the world with that seed; the first n do not depend on n.
 
