@@ -64,8 +64,7 @@ def plan(world: World, config: WorldConfig) -> Plan:
     that would leave a test recording unused.
     """
     _check(config)
-    kinds = groups() if config.captioned or config.felt else ()
-    voices = dict(zip(SPLITS, world.split_voices(voice_pool("en"), kinds), strict=True))
+    voices = english_voices(world, config)
     rng = random.Random(f"voices {config.seed}")
     target = Voice(config.target_voice, config.target_rate_wpm)
 
@@ -101,6 +100,12 @@ def plan(world: World, config: WorldConfig) -> Plan:
     _translate(plan, world, config, voices, rng)
     _manner(plan, config, voices, mannered, test_sentences)
     return plan
+
+
+def english_voices(world: World, config: WorldConfig) -> dict[Split, list[str]]:
+    """The synthesiser's English voices of either split of a world."""
+    kinds = groups() if config.captioned or config.felt else ()
+    return dict(zip(SPLITS, world.split_voices(voice_pool("en"), kinds), strict=True))
 
 
 def _check(config: WorldConfig) -> None:
