@@ -98,6 +98,7 @@ class WorldConfig(Strict):
     test_pictures: Count = 1000
     test_films: Count = 300
     noise_db: tuple[float, float] = (15.0, 40.0)  # signal to noise, drawn per utterance
+    noise: str | None = None  # folder of real noises and rooms, some for learning, others for tests; None: made noise
     target_voice: str = "en-us+f2"
     target_rate_wpm: Count = 165
     verified: Annotated[float, Field(ge=0, le=1)] = 0.01  # share of the English utterances that a recogniser hears

@@ -19,11 +19,12 @@ from lab import small_world
 from nexus.demo import spoken
 from nexus.demo.corpus import Plan, Utterance, plan
 from nexus.demo.manner import Delivery
-from nexus.demo.spoken import RATE_HZ, Listen, Say, Surround, Waves, counts, said, speak
+from nexus.demo.spoken import RATE_HZ, Listen, Say, Surround, Waves, around_of, counts, said, speak
 from nexus.demo.world import World
 from nexus.engines.speak import Espeak, Voice
 from nexus.engines.transcribe import Heard
 from nexus.errors import BadConfig, BadRecord, NexusError
+from nexus.media import write_wav
 from nexus.progress import Progress
 from nexus.synth.records import Record, Rejected
 from nexus.synth.verify import Verify, VerifyConfig
@@ -64,9 +65,9 @@ class Canned(Espeak):
 
 def finished(utterance: Utterance, sound: Audio) -> np.ndarray:
     """What becomes of a synthesiser's sound in the end, f32 [W]."""
-    given = spoken._rows({"heard": [utterance]})
+    given = spoken._rows({"heard": [utterance]}, "")
     [record] = [row.with_(sound=said(Canned(sound), row.text, utterance.delivery)) for row in given]  # type: ignore[union-attr]
-    [result] = Surround()([record])
+    [result] = Surround(None)([record])
     assert isinstance(result, Record) and result.sound is not None and result.sound.samples is not None
     return result.sound.samples
 
@@ -144,6 +145,46 @@ def test_waveforms_come_back_as_they_were_made(tmp_path: Path) -> None:
     assert waves["heard"].places == list(range(13))
 
 
+def tone(path: Path, hz: int) -> None:
+    path.parent.mkdir(exist_ok=True)
+    wave = 0.3 * np.sin(2 * np.pi * hz * np.arange(RATE_HZ) / RATE_HZ)
+    write_wav(path, wave.astype(np.float32), RATE_HZ)
+
+
+def loudest_hz(sound: Audio) -> int:
+    assert sound.samples is not None
+    power = np.abs(np.fft.rfft(sound.samples, RATE_HZ)) ** 2
+    return int(power.argmax())
+
+
+def test_real_noise_differs_between_training_and_examination_and_belongs_to_the_corpus(tmp_path: Path) -> None:
+    pitches = {"hum1.wav": 5000, "hum2.wav": 6000}
+    for name, hz in pitches.items():
+        tone(tmp_path / "noise" / name, hz)
+    around = around_of(str(tmp_path / "noise"))
+    loud = [with_delivery(utterance, noise_db=-20.0) for utterance in small_plan().sets["heard"][:4]]
+    sets = {"heard": loud, "test_heard": loud}
+    waves = speak(tmp_path / "cache", sets, 0.0, 1, Progress(), around)
+    for name, clips in (("heard", around.learned.noises), ("test_heard", around.examined.noises)):
+        assert {loudest_hz(waves[name][place]) for place in range(4)} == {pitches[clip.name] for clip in clips}
+    with pytest.raises(BadConfig, match="was done, and is another one now"):
+        speak(tmp_path / "cache", sets, 0.0, 1, Progress())
+    (tmp_path / "noise" / "hum2.wav").unlink()
+    with pytest.raises(BadConfig, match=r"world\.noise: .* 1 noises for training and 0 for the examination"):
+        around_of(str(tmp_path / "noise"))
+
+
+def test_some_utterances_sound_in_a_real_room_and_none_becomes_longer(tmp_path: Path) -> None:
+    for name, hz in (("hum1.wav", 50), ("hum2.wav", 60), ("rir1.wav", 90), ("rir2.wav", 80)):
+        tone(tmp_path / "noise" / name, hz)
+    quiet = [with_delivery(utterance, noise_db=None) for utterance in small_plan().sets["heard"][:24]]
+    plain = speak(tmp_path / "plain", {"heard": quiet}, 0.0, 1, Progress())["heard"]
+    roomy = speak(tmp_path / "roomy", {"heard": quiet}, 0.0, 1, Progress(), around_of(str(tmp_path / "noise")))["heard"]
+    assert np.array_equal(plain.lengths, roomy.lengths)
+    same = [np.array_equal(plain[place].samples, roomy[place].samples) for place in range(24)]
+    assert 0 < same.count(False) < 16
+
+
 # The gate
 
 
@@ -185,7 +226,7 @@ def judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Rec
         say, listen = Say(), Listen(Verify(config, tmp_path, None), ("one two three", "four five six", "seven eight"))
         for step in (say, listen):
             step.setup()
-        records = say([*spoken._rows({name: [Utterance("the red circle", Delivery(Voice(voice)))]})])  # type: ignore[list-item]
+        records = say([*spoken._rows({name: [Utterance("the red circle", Delivery(Voice(voice)))]}, "")])  # type: ignore[list-item]
         [result] = listen(records)  # type: ignore[arg-type]
         return result
 
@@ -223,10 +264,10 @@ def test_the_real_recogniser_understands_the_best_voice_and_tells_wrong_texts(tm
     """Texts are exchanged behind the synthesiser's back: what is said is not what is written."""
     texts = [utterance.text for utterance in small_plan().sets["spoken"]]
     right = [Utterance(text, Delivery(Voice("en-us+f2"))) for text in texts[:8]]
-    say, listen, _ = spoken._steps(tmp_path, {"spoken": [Utterance(t, right[0].delivery) for t in texts]}, 1.0)
+    say, listen = spoken._steps(tmp_path, {"spoken": [Utterance(t, right[0].delivery) for t in texts]}, 1.0)
     for step in (say, listen):
         step.setup()
-    records = say([*spoken._rows({"spoken": right})])  # type: ignore[list-item]
+    records = say([*spoken._rows({"spoken": right}, "")])  # type: ignore[list-item]
     wrong = [record.with_(text=other) for record, other in zip(records, texts[8:], strict=False)]  # type: ignore[union-attr]
     results = listen(records)  # type: ignore[arg-type]
     assert sum(isinstance(r, Record) and r.meta["verify"]["state"] == "verified" for r in results) >= 7
@@ -251,7 +292,7 @@ class Refusing(Say):
 def test_a_place_without_sound_is_left_out_counted_and_never_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spoken, "_steps", lambda *_: [Refusing(), Surround()])
+    monkeypatch.setattr(spoken, "_steps", lambda *_: [Refusing()])
     waves = made(tmp_path / "train", small_plan().sets["heard"][:10])
     assert waves.lengths[2] == 0 and waves.places == [0, 1, *range(3, 10)]
     told = counts(tmp_path / "train")["heard"]

@@ -26,7 +26,7 @@ from nexus.demo.mandarin import pairs
 from nexus.demo.rows import HEARD_TASKS, SILENT_TASKS, check_mixture, film_words, tokenizer_texts
 from nexus.demo.run import Run, count
 from nexus.demo.show import model_card, write_demo_report
-from nexus.demo.spoken import RATE_HZ, counts, open_waves, speak
+from nexus.demo.spoken import RATE_HZ, around_of, counts, open_waves, speak
 from nexus.demo.world import World
 from nexus.engines.speak import Espeak, Voice
 from nexus.errors import BadConfig
@@ -86,7 +86,8 @@ def run_demo(
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuse, before anything is made, what would fail after minutes. Raises BadConfig, or NexusError for a voice."""
+    """Refuse, before anything is made, what would fail after minutes. Raises BadConfig, BadRecord for a folder
+    of noises, or NexusError for a voice."""
     organs = {
         "world": recipe.world,
         "vision": recipe.model.vision,
@@ -107,6 +108,8 @@ def _check(recipe: Recipe) -> None:
         check_mixture(stage.name, stage.mixture, TASKS_OF[stage.name], world)
     Espeak().phonemes("one", Voice(world.target_voice, world.target_rate_wpm))
     plan(World(world.seed), world)
+    if world.noise is not None:
+        around_of(world.noise)
 
 
 def reopened(out: Path) -> Lab:
@@ -128,7 +131,8 @@ def _prepare(run: Run) -> Lab:
         plans = plan(world, config)
 
     def spoken() -> dict[str, Any]:
-        made = speak(run.out / "cache", plans.sets, config.verified, run.plan["threads"], run.progress)
+        around = None if config.noise is None else around_of(config.noise)
+        made = speak(run.out / "cache", plans.sets, config.verified, run.plan["threads"], run.progress, around)
         return {
             "utterances": sum(map(len, made.values())),
             "hours": sum(int(waves.lengths.sum()) for waves in made.values()) / RATE_HZ / 3600,

@@ -1,8 +1,9 @@
 """What a demo model was trained on, made again in a smaller number from its folder alone, so that a model that learns
 something new goes on with what it knows.
 
-The folder's config carries the recipe with the numbers of the world; the rest follows from the seed. Voices are those
-of training, and test sentences stay apart: the world splits by hash, never by number.
+The folder's config carries the recipe with the numbers of the world; the rest follows from the seed. Noise is made,
+also where the demo had real noise: its folder may not be there. Voices are those of training, and test sentences stay
+apart: the world splits by hash, never by number.
 """
 
 import io

@@ -15,7 +15,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,12 +24,13 @@ import numpy as np
 from nexus.demo.corpus import STEPS, Utterance
 from nexus.demo.manner import Delivery, shaped
 from nexus.engines.speak import Espeak, Voice
-from nexus.errors import BadRecord, NexusError
+from nexus.errors import BadConfig, BadRecord, NexusError
 from nexus.media import resample
 from nexus.progress import Progress
 from nexus.recipe import fingerprint
 from nexus.results import write_json
 from nexus.synth.journal import AUDIO, Journal, Line, lines_of
+from nexus.synth.noise import Surroundings, at_snr, excerpt, in_room, surroundings
 from nexus.synth.pipeline import Pipeline, i16_bytes
 from nexus.synth.produce import Patience, Workers, produce
 from nexus.synth.records import Record, Rejected, Step
@@ -46,10 +47,32 @@ BATCH = 32  # utterances that a worker takes at a time: about 100 ms of work
 MAX_WER = 0.34
 CONTROLS = 3  # other texts that must all be understood before a clip can fail
 CONTROL_TEXTS = 500  # of the corpus, from which they are drawn
+IN_ROOM = 0.3  # share of the utterances that sound in a real room, where there are rooms
 EARS, INDEX, COUNTS = ".ears", "index.npy", "corpus.json"
 EXAMINED = "test_"  # how names of sets begin that are examined
 UNDERSTOOD_NOT = ("not_heard", "wrong_language", "length_ratio", "word_errors")  # reasons that may be the recogniser's
 Sets = Mapping[str, Sequence[Utterance]]
+
+
+@dataclass(frozen=True)
+class Around:
+    """Real noises and rooms: those that training hears, and those of the examination."""
+
+    learned: Surroundings
+    examined: Surroundings
+
+
+def around_of(root: str) -> Around:
+    """What `world.noise` names. Raises BadRecord for a folder without noise, BadConfig where none is left for one of
+    the two."""
+    around = Around(*surroundings(Path(root)).split())
+    if not (around.learned.noises and around.examined.noises):
+        raise BadConfig(
+            f"world.noise: {root} has {len(around.learned.noises)} noises for training and "
+            f"{len(around.examined.noises)} for the examination, expected some of both; put two clips or more into a "
+            "category"
+        )
+    return around
 
 
 class Waves:
@@ -83,29 +106,33 @@ class Waves:
         return hashlib.sha256(np.ascontiguousarray(self._index[:, 2:]).tobytes()).hexdigest()[:16]
 
 
-def speak(folder: Path, sets: Sets, verified: float, processes: int, progress: Progress) -> dict[str, Waves]:
-    """The waveforms of all sets, made now or found in `folder`, of which the factory heard the share `verified`.
+def speak(
+    folder: Path, sets: Sets, verified: float, processes: int, progress: Progress, around: Around | None = None
+) -> dict[str, Waves]:
+    """The waveforms of all sets, made now or found in `folder`, of which the factory heard the share `verified`; in the
+    noises and rooms `around`, or else in noise that is made.
 
     A killed call goes on behind its journal. Raises BadConfig where the folder holds other utterances, BadRecord where
     it is damaged, NexusError where the synthesiser fails too often or on an utterance of an examination, OSError where
     the disk is full.
     """
-    if not _is_done(folder, sets):
+    surround = Surround(around)
+    if not _is_done(folder, sets, surround):
         folder.mkdir(parents=True, exist_ok=True)
-        pipeline = Pipeline(_steps(folder, sets, verified), i16_bytes)
+        pipeline = Pipeline([*_steps(folder, sets, verified), surround], i16_bytes)
         journal = Journal(folder, "i16", SHARD)
         if journal.lost:
             progress.say(f"corpus: {journal.lost} utterances are spoken again: their sound did not reach the disk")
         total = sum(map(len, sets.values()))
         try:
             with progress.stage("corpus", total, "utterances", journal.num_rows) as stage:
-                workers, patience = Workers("local", processes), Patience()
-                produce(_rows(sets), (), pipeline, journal, workers, batch=BATCH, patience=patience, stage=stage)
+                rows, workers = _rows(sets, surround.fingerprint), Workers("local", processes)
+                produce(rows, (), pipeline, journal, workers, batch=BATCH, patience=Patience(), stage=stage)
         except BaseException:
             journal.abandon()
             raise
         journal.close()
-        _conclude(folder, sets)
+        _conclude(folder, sets, surround)
     return open_waves(folder, sets)
 
 
@@ -135,13 +162,14 @@ def counts(folder: Path) -> dict[str, dict[str, Any]]:
     return told
 
 
-def _is_done(folder: Path, sets: Sets) -> bool:
+def _is_done(folder: Path, sets: Sets, surround: "Surround") -> bool:
     path = folder / COUNTS
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["ids"] == _ids(sets)
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["ids"] == _ids(sets, surround)
 
 
-def _ids(sets: Sets) -> str:
-    return fingerprint({name: [utterance.id for utterance in members] for name, members in sets.items()})
+def _ids(sets: Sets, surround: "Surround") -> str:
+    ids = {name: [utterance.id for utterance in members] for name, members in sets.items()}
+    return fingerprint([ids, surround.fingerprint])
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -152,11 +180,13 @@ def _language(name: str) -> str:
     return "zh" if name.endswith("mandarin") else "en"
 
 
-def _rows(sets: Sets) -> Iterator[Record | Rejected]:
-    """A record per place, in order. An utterance that stands in several places has one id and several rows."""
+def _rows(sets: Sets, surround: str) -> Iterator[Record | Rejected]:
+    """A record per place, in order. An utterance that stands in several places has one id and several rows; in other
+    surroundings a row is another one."""
     for name, members in sets.items():
         for place, said in enumerate(members):
-            meta = {"row": f"{name} {place} {said.id}", "attempt": 0, "set": name, "delivery": asdict(said.delivery)}
+            row = f"{name} {place} {said.id} {surround}"
+            meta = {"row": row, "attempt": 0, "set": name, "delivery": asdict(said.delivery)}
             yield Record(said.id, said.text, _language(name), meta=meta)
 
 
@@ -164,15 +194,15 @@ def _steps(folder: Path, sets: Sets, verified: float) -> list[Step]:
     english = [said.text for name, members in sets.items() if _language(name) == "en" for said in members]
     texts = list(dict.fromkeys(english))
     if not verified or not texts:
-        return [Say(), Surround()]
+        return [Say()]
     gate = VerifyConfig(
         recognisers={"en": PocketSphinxEar()}, fraction=verified, max_wer=MAX_WER, seconds_per_letter={}, retries=0
     )
     heard = build(gate, ((text, "en") for text in texts), folder / EARS)
-    return [Say(), Listen(heard, tuple(random.Random(0).sample(texts, min(len(texts), CONTROL_TEXTS)))), Surround()]
+    return [Say(), Listen(heard, tuple(random.Random(0).sample(texts, min(len(texts), CONTROL_TEXTS))))]
 
 
-def _conclude(folder: Path, sets: Sets) -> None:
+def _conclude(folder: Path, sets: Sets, surround: "Surround") -> None:
     """The index and the counts, from the journal. The note that declares all whole comes last."""
     index = np.zeros((sum(map(len, sets.values())), 4), np.int64)
     told = {name: Counter[str]() for name in sets}
@@ -204,7 +234,7 @@ def _conclude(folder: Path, sets: Sets) -> None:
         }
         for name, members in sets.items()
     }
-    write_json(folder / COUNTS, {"ids": _ids(sets), "sets": counted})
+    write_json(folder / COUNTS, {"ids": _ids(sets, surround), "sets": counted})
 
 
 def _state(entry: Line) -> str:
@@ -277,10 +307,19 @@ class Listen:
 
 
 class Surround:
-    """The last step: the level of the delivery, and its noise, seeded by the utterance's id."""
+    """The last step: the level of the delivery, its noise, and perhaps a room, all drawn by the utterance's id."""
 
     name = "surround"
-    fingerprint = fingerprint(["surround", STEPS])
+
+    def __init__(self, around: Around | None) -> None:
+        self._around = around
+
+    @property
+    def fingerprint(self) -> str:
+        """Over what is done, and the bytes of all real noises and rooms."""
+        around = self._around
+        real = [] if around is None else [IN_ROOM, around.learned.fingerprint(), around.examined.fingerprint()]
+        return fingerprint(["surround", STEPS, *real])
 
     def setup(self) -> None:
         """Nothing to load."""
@@ -293,9 +332,21 @@ class Surround:
         how = _delivery(record)
         assert record.sound is not None and record.sound.samples is not None
         wave = at_level(record.sound.samples, how.gain_db)
-        if how.noise_db is not None:
+        if self._around is not None:
+            is_exam = record.meta["set"].startswith(EXAMINED)
+            wave = _amid(wave, self._around.examined if is_exam else self._around.learned, how.noise_db, record.id)
+        elif how.noise_db is not None:
             wave = with_noise(wave, how.noise_db, int(record.id, 16))
         return record.with_(sound=Audio(samples=wave, rate_hz=RATE_HZ))
+
+
+def _amid(wave: np.ndarray, around: Surroundings, noise_db: float | None, seed: str) -> np.ndarray:
+    rng = random.Random(f"around {seed}")
+    if around.rooms and rng.random() < IN_ROOM:
+        wave = in_room(wave, rng.choice(around.rooms).sound())
+    if noise_db is None:
+        return wave
+    return at_snr(wave, excerpt(rng.choice(around.noises).sound(), len(wave), rng), noise_db)
 
 
 def said(espeak: Espeak, text: str, how: Delivery) -> Audio:
