@@ -16,7 +16,7 @@ from nexus.train.parallel import Ranks, whole
 from nexus.train.stage import optimizers
 
 ALONE = Ranks()
-HEAP_STEPS = 20  # after so many, holes in the heap are given back
+HEAP_STEPS = 50  # holes in the heap are given back before a stage and after so many: never while its speed is measured
 PROBE_STEPS = 25  # the speed of a stage is measured once on steps 5 .. 25, all inside the warm-up
 
 
@@ -136,6 +136,8 @@ def descend(
     probe = begun
     step = first
     while pace.steps is None or step < pace.steps:
+        if (step - first) % HEAP_STEPS == 0:
+            give_memory_back()
         if pace.steps is None and step == first + 5:
             probe = time.perf_counter()
         if pace.steps is None and step >= PROBE_STEPS and step > first + 5:
@@ -155,8 +157,6 @@ def descend(
         for mover in movers:
             mover.step()
         step += 1
-        if step % HEAP_STEPS == 0:
-            give_memory_back()
         note(Done(step, numbers, norm, factor, time.perf_counter() - begun))
 
 
