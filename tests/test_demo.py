@@ -368,7 +368,7 @@ def test_speech_comes_from_the_trained_voice_alone(tmp_path: Path) -> None:
         return sum(h == item.answer for h, item in zip(heard, exam.spoken_items, strict=True)) / len(heard)
 
     as_trained = heard_right()
-    assert as_trained > 0.1, "the model that comes along says nothing worth taking away"
+    assert as_trained > 0.3, "the model that comes along says nothing worth taking away"
     torch.manual_seed(1)
     fresh = OmniModel(recipe.model).voice
     assert model.voice is not None and fresh is not None
