@@ -64,7 +64,8 @@ def plan(world: World, config: WorldConfig) -> Plan:
     that would leave a test recording unused.
     """
     _check(config)
-    voices = english_voices(world, config)
+    kinds = groups() if config.captioned or config.felt else ()
+    voices = dict(zip(SPLITS, world.split_voices(voice_pool("en"), kinds), strict=True))
     rng = random.Random(f"voices {config.seed}")
     target = Voice(config.target_voice, config.target_rate_wpm)
 
@@ -100,12 +101,6 @@ def plan(world: World, config: WorldConfig) -> Plan:
     _translate(plan, world, config, voices, rng)
     _manner(plan, config, voices, mannered, test_sentences)
     return plan
-
-
-def english_voices(world: World, config: WorldConfig) -> dict[Split, list[str]]:
-    """The synthesiser's English voices of either split of a world."""
-    kinds = groups() if config.captioned or config.felt else ()
-    return dict(zip(SPLITS, world.split_voices(voice_pool("en"), kinds), strict=True))
 
 
 def _check(config: WorldConfig) -> None:

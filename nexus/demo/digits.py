@@ -1,34 +1,29 @@
 """Real recordings of digits as they would sound from other people, microphones and rooms.
 
 A few people's recordings teach a model these people. Each recording is therefore learned in many variations, drawn by
-the number of the row alone; the first is the recording itself. Beside them the synthesiser says the same words in many
-of the voices that the model learned from.
+the number of the row alone; the first is the recording itself.
 """
 
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 
 from nexus.data.chat import ChatTokenizer, task_turns
-from nexus.data.folders import DIGITS, Folder, recordings
+from nexus.data.folders import Folder, recordings
 from nexus.data.headers import lengths_of, row_length
 from nexus.data.mixture import Source
 from nexus.data.stream import Lengths
-from nexus.demo.corpus import english_voices
-from nexus.demo.replay import ROWS_PER_UTTERANCE, UTTERANCES, Replay, Retold, retold
-from nexus.engines.speak import Espeak, Voice
+from nexus.demo.replay import ROWS_PER_UTTERANCE, UTTERANCES, Replay, retold
 from nexus.media import resample
 from nexus.model.folder import read_config
 from nexus.organs import ModelConfig
 from nexus.progress import Progress
 from nexus.recipe import fingerprint
 from nexus.synth.noise import RATE_HZ, Surroundings, at_snr, excerpt, in_room, surroundings
-from nexus.synth.steps import at_level, trimmed, with_noise
+from nexus.synth.steps import at_level, with_noise
 from nexus.training import DataConfig
 from nexus.types import Audio, Sample
 
@@ -46,8 +41,6 @@ BANDS_HZ = (60.0, 150.0, 350.0, 800.0, 1800.0, 4000.0, 8000.0)
 BAND_DB = 7.0  # a microphone's unevenness, at most, up and down
 NOISE_DB = (5.0, 35.0)
 IN_NOISE, IN_ROOM = 0.8, 0.3  # shares of the variations
-SYNTHETIC = 0.4  # share of the digits' rows that the synthesiser says
-SYNTHETIC_VOICES = 80
 VERSION = 2  # a change of the numbers above, or of what is done with them, is other data
 
 
@@ -55,8 +48,7 @@ def digit_sources(
     data: DataConfig, stage: str, init: Path, out: Path, noise: Path | None, processes: int, progress: Progress
 ) -> list[Source]:
     """What a stage learns from: the recordings in `data.root`, and for a share of `data.replay` of the rows what the
-    model in folder `init` learned in its own stage of that name; then a part of the digits is said by the voices of its
-    world. All that is spoken for this lies in `out`.
+    model in folder `init` learned in its own stage of that name. The world is spoken again in `out`.
 
     `noise` is a folder of real noises and rooms, of which those for tests are left alone. Raises BadConfig, BadRecord
     and BadMedia for what cannot be learned from.
@@ -67,37 +59,11 @@ def digit_sources(
     specs, _ = read_config(init)
     tokenizer = ChatTokenizer.load(init / "tokenizer.json")
     around = None if noise is None else surroundings(noise).split()[0]
+    digits = VariedDigits(folder, tokenizer, specs, SEED, around, 1 - data.replay)
     if not data.replay:
-        return [VariedDigits(folder, tokenizer, specs, SEED, around)]
+        return [digits]
     lab = retold(init, out / "replay", UTTERANCES, processes, progress)
-    said = _said_by_voices(lab, out / "synthetic")
-    share = 1 - data.replay
-    return [
-        VariedDigits(folder, tokenizer, specs, SEED, around, share * (1 - SYNTHETIC)),
-        VariedDigits(said, tokenizer, specs, SEED + 1, around, share * SYNTHETIC),
-        Replay(lab, stage, UTTERANCES * ROWS_PER_UTTERANCE, data.replay),
-    ]
-
-
-def _said_by_voices(lab: Retold, folder: Path) -> Folder:
-    """Every digit in voices from which the model of a world learned, spoken now or found in `folder`, which is there
-    only if it is whole."""
-    if not folder.is_dir():
-        voices = english_voices(lab.world, lab.config)["train"]
-        part = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        espeak, rng = Espeak(), random.Random(f"{SEED} voices")
-        for index in range(SYNTHETIC_VOICES):
-            name = rng.choice(voices)
-            voice = Voice(name, rng.randint(130, 220), rng.randint(20, 80), rng.randint(25, 75))
-            for digit, word in enumerate(DIGITS):
-                sound = espeak.speak(word, voice)
-                assert sound.samples is not None
-                wave = trimmed(sound.samples, sound.rate_hz)
-                sf.write(part / f"{digit}_{name}_{index}.wav", wave, sound.rate_hz, subtype="PCM_16")
-        part.rename(folder)
-    return recordings(folder)
+    return [digits, Replay(lab, stage, UTTERANCES * ROWS_PER_UTTERANCE, data.replay)]
 
 
 class VariedDigits:
