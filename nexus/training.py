@@ -62,6 +62,7 @@ class EngineConfig(Strict):
     rate_factor: Positive = 1.0  # on the rates of all stages: less where a trained model goes on
     accumulation: Count = 1  # micro-batches per rank and step
     compile: bool = False  # torch.compile of every layer
+    packing: bool = True  # rows of a batch are laid end to end, so that no layer computes padding
     checkpoint_every_steps: Count = 500
     keep_last: Count = 2  # checkpoints
     lora: LoraConfig | None = None

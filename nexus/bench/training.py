@@ -2,8 +2,9 @@
 data, type of numbers and threads, each at its own best batch size; the loader alone; two ranks against one.
 
 The rows are those of the demo's world in the proportions of its stages, made once and held in memory on both sides.
-Ours come in length-aware batches (`data.mixture`, `data.prepared`), theirs shuffled and padded to the longest. Both
-sides learn by AdamW with the same model code, so what differs is the batches and the loop.
+Ours come in length-aware batches (`data.mixture`, `data.prepared`) whose rows are laid end to end (`model.packing`),
+theirs shuffled and padded to the longest. Both sides learn by AdamW with the same model code, so what differs is the
+batches, what is computed of their padding, and the loop.
 """
 
 import functools
@@ -273,6 +274,7 @@ def _learn(stage: Stage, at: Callable[[int], Batch | SpeechBatch], steps: int, r
         return {"loss": stage.model(at(step))[stage.loss]}
 
     parameters = freeze(stage.model.train(), stage.trainable)
+    stage.model.pack(True)
     begin = time.perf_counter()
     fit(parameters, OPTIM, losses, Pace(0.0, 1, steps=steps), _Unseen(), bf16=False, ranks=ranks or Ranks())
     return time.perf_counter() - begin
@@ -304,6 +306,7 @@ class _Clock(TrainerCallback):
 def _trainer_seconds(stage: Stage, rows: int, folder: Path) -> float:
     """Seconds of an epoch of the pool in the Trainer, `rows` at a time."""
     freeze(stage.model, stage.trainable)
+    stage.model.pack(False)
     clock = _Clock()
     trainer = Trainer(
         _Wrapped(stage),

@@ -159,6 +159,7 @@ class Run:
                     self.note(steps={config.name: steps})
 
             model.train()
+            model.pack(True)
             if config.checkpointing:
                 model.checkpoint(True)
             with self.progress.stage(config.name) as watch:
@@ -174,6 +175,7 @@ class Run:
                 )
             if config.checkpointing:
                 model.checkpoint(False)
+            model.pack(False)
             model.eval()
             assert frozen == frozen_digest(model, config.trainable), f"stage {config.name} changed frozen parameters"
             if ranks.rank == 0:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nexus.errors import Misaligned
 from nexus.model.layers import Block, BlockConfig, padding_bias, rotary
+from nexus.model.packing import packed
 from nexus.organs import AdapterConfig, EncoderConfig, HearingConfig, OutsideEncoder
 from nexus.types import Encoded, Sound
 
@@ -40,6 +41,7 @@ class WhisperEncoder(nn.Module):
             self.register_buffer("positions", sinusoids(frames, width), persistent=False)
         block = BlockConfig(width, config.heads, config.ffn_width, "layer", "gelu", bias=True, rope=rope)
         self.checkpointing = False
+        self.packing = False  # whether training lays windows end to end instead of padding them
         self.layers = nn.ModuleList(Block(block) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
 
@@ -53,18 +55,24 @@ class WhisperEncoder(nn.Module):
         lengths = (lengths + second - 1) // second
         x = x.transpose(1, 2)  # [X, E, L2] -> [X, L2, E]
         frames = x.shape[1]
-        bias = padding_bias(lengths.to(x.device), frames) if int(lengths.min()) < frames else None
+        if self.config.positions != "rope":
+            x = x + cast(Tensor, self.positions)[:frames].to(x)
+        places = torch.arange(frames)[None]
+        layout = packed(lengths.tolist(), frames, self.config.width) if self.packing else None
+        if layout is not None:
+            x, places = layout.pack(x), layout.pack(places.expand(len(lengths), -1))
+            bias: Tensor | None = layout.bias(False, x)
+        else:
+            bias = padding_bias(lengths.to(x.device), frames) if int(lengths.min()) < frames else None
         turns = None
         if self.config.positions == "rope":
-            turns = rotary(torch.arange(frames, device=x.device)[None], self.config.width // self.config.heads)
-        else:
-            x = x + cast(Tensor, self.positions)[:frames].to(x)
+            turns = rotary(places.to(x.device), self.config.width // self.config.heads)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, bias, turns, use_reentrant=False)
             else:
                 x = layer(x, bias, turns)
-        return self.norm(x)
+        return self.norm(x if layout is None else layout.unpack(x))
 
 
 def _silence_padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RotaryEmbe
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
 
+from nexus.model.packing import packed
 from nexus.organs import InternViTConfig, LanguageConfig, VisionConfig
 from nexus.types import Span
 
@@ -72,6 +73,7 @@ class Language(nn.Module):
     def __init__(self, config: LanguageConfig) -> None:
         super().__init__()
         self.config = config
+        self.packing = False  # whether training lays rows end to end instead of padding them
         sizes: dict[str, Any] = {
             "vocab_size": config.vocab_size,
             "hidden_size": config.width,
@@ -124,9 +126,27 @@ class Language(nn.Module):
         return self.backbone.embed_tokens(tokens)
 
     def hidden(
-        self, embeds: Float[Tensor, "B T D"], positions: Int[Tensor, "..."], mask: Bool[Tensor, "B T"]
+        self, embeds: Float[Tensor, "B T D"], positions: Int[Tensor, "..."], mask: Bool[Tensor, "B T"], shared: int = 0
     ) -> Float[Tensor, "B T D"]:
-        """Last states after the final norm. Causal; masked positions are seen by nobody. `mask` may be on the CPU."""
+        """Last states after the final norm. Causal; masked positions are seen by nobody. `mask` may be on the CPU.
+
+        With `packing`, rows padded on the right are laid end to end; the first `shared` positions of all rows must be
+        the same then. States of masked positions mean nothing.
+        """
+        if self.packing and len(mask) > 1:
+            layout = packed(mask.sum(1).tolist(), mask.shape[1], self.config.width, shared)
+            if layout is not None:
+                places = torch.stack([layout.pack(axis) for axis in positions.view(-1, *mask.shape)])
+                # As transformers makes masks itself: numbers to add where attention is written out, else truths.
+                eager = self.config.attention == "eager"
+                seen = layout.bias(True, embeds) if eager else layout.sees(True).to(embeds.device)
+                out = self.backbone(
+                    inputs_embeds=layout.pack(embeds),
+                    position_ids=places if positions.ndim == 3 else places[0],
+                    attention_mask=seen,
+                    use_cache=False,
+                )
+                return layout.unpack(out.last_hidden_state)
         seen = None if bool(mask.all()) else mask.to(embeds.device)
         out = self.backbone(inputs_embeds=embeds, position_ids=positions, attention_mask=seen, use_cache=False)
         return out.last_hidden_state

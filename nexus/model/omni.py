@@ -80,6 +80,12 @@ class OmniModel(nn.Module):
             if hasattr(organ, "checkpointing"):
                 organ.checkpointing = on
 
+    def pack(self, on: bool) -> None:
+        """Whether training lays rows, and windows of sound, end to end instead of computing their padding."""
+        self.language.packing = on
+        if self.hearing is not None and hasattr(self.hearing.encoder, "packing"):
+            self.hearing.encoder.packing = on
+
     def embeds(self, batch: Batch) -> Float[Tensor, "B T D"]:
         """Token embeddings with the media spliced in."""
         x = self.language.embed(batch.tokens.to(self.device))
@@ -94,7 +100,8 @@ class OmniModel(nn.Module):
     def hidden(self, batch: Batch) -> Float[Tensor, "B T D"]:
         """Last language states of a right-padded batch."""
         positions, _ = self.language.positions(batch.mask, batch.spans, self.config.vision)
-        return self.language.hidden(self.embeds(batch), positions.to(self.device), batch.mask)
+        shared = _alike(batch) if self.language.packing else 0
+        return self.language.hidden(self.embeds(batch), positions.to(self.device), batch.mask, shared)
 
     def forward(self, batch: Batch | SpeechBatch) -> dict[str, Float[Tensor, ""]]:
         """Losses by name: `text` for conversations, `speech` for scripts with codes."""
@@ -238,6 +245,12 @@ class Speaker:
     def rest(self, row: int) -> Float[Tensor, "W"]:
         """The sound still to come once a row takes no more steps: frames not fetched, and what its decoder held."""
         return torch.cat([self.sound(row).cpu(), self._decoders[row].flush().cpu()])
+
+
+def _alike(batch: Batch) -> int:
+    """How many positions all rows begin with alike, before the first of them holds media."""
+    same = (batch.tokens == batch.tokens[0]).all(0) & batch.mask.all(0)
+    return min([int(same.long().cumprod(0).sum()), *(span.start for span in batch.spans)])
 
 
 def _vision(config: VisionConfig | InternViTConfig, width: int) -> Vision | InternViT:

@@ -82,6 +82,8 @@ class Work:
         self.model.train()
         if stage.checkpointing and isinstance(self.model, OmniModel):
             self.model.checkpoint(True)
+        if isinstance(self.model, OmniModel):
+            self.model.pack(engine.packing)
         if engine.compile:
             compile_layers(self.model)
         self.called = spread(self.model, self.place, self.ranks)
