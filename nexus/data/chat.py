@@ -79,16 +79,23 @@ class ChatTokenizer:
 
     @classmethod
     def train(cls, config: TokenizerConfig, texts: Iterable[str], size: int) -> "ChatTokenizer":
-        """A tokenizer of at most `size` entries from texts (stage 0). Words are units; bytes cover everything else."""
+        """A tokenizer of at most `size` entries from texts (stage 0). Words and Chinese characters are units, so that a
+        sentence is always cut in the same places; bytes cover everything else."""
         tokenizer = Tokenizer(models.BPE())
         if config.uncased:
             tokenizer.normalizer = normalizers.Sequence(
                 [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\w\s']|_"), " ")]
             )
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+            [
+                pre_tokenizers.WhitespaceSplit(),
+                pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
+            ]
         )
-        tokenizer.decoder = decoders.ByteLevel()
+        # Every unit begins with a space, which between Chinese characters nobody writes.
+        between = Regex(r"(?<=\p{Han}) (?=\p{Han})")
+        tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(between, "")])
         trainer = trainers.BpeTrainer(
             vocab_size=size,
             special_tokens=list(SPECIALS),

@@ -23,7 +23,7 @@ from nexus.demo.corpus import plan
 from nexus.demo.evaluate import Answers, Exam, Sat, first_sound_seconds
 from nexus.demo.lab import Lab
 from nexus.demo.mandarin import pairs
-from nexus.demo.rows import HEARD_TASKS, SILENT_TASKS, check_mixture, film_words, tokenizer_texts
+from nexus.demo.rows import HEARD_TASKS, SILENT_TASKS, check_mixture, film_words, manner_words, tokenizer_texts
 from nexus.demo.run import Run, count
 from nexus.demo.show import model_card, write_demo_report
 from nexus.demo.spoken import RATE_HZ, around_of, counts, open_waves, speak
@@ -149,6 +149,7 @@ def _prepare(run: Run) -> Lab:
             bilingual = config.mandarin or config.english
             chinese = [pair.zh for pair in pairs("train", TOKENIZER_PAIRS, config.seed)] if bilingual else []
             told = film_words() if config.films else []
+            told += manner_words() if config.captioned or config.felt else []
             texts = tokenizer_texts([*world.all_sentences_for_lm(TOKENIZER_SENTENCES), *told], chinese)
             ChatTokenizer.train(recipe.tokenizer, texts, recipe.model.language.vocab_size).save(path)
         torch.manual_seed(config.seed)

@@ -11,7 +11,7 @@ from nexus.data.stream import Buckets
 from nexus.demo.films import FPS, film_questions, film_talk, films
 from nexus.demo.films import render as play
 from nexus.demo.lab import Lab
-from nexus.demo.manner import EMOTIONS, caption, draw, emotion_answer
+from nexus.demo.manner import EMOTIONS, MANNERS, caption, draw, emotion_answer
 from nexus.demo.phrases import Item
 from nexus.demo.pictures import describe, picture_questions
 from nexus.demo.pictures import render as draw_picture
@@ -233,6 +233,11 @@ def film_words() -> list[str]:
     """Sentences about films in which all their words occur, for the vocabulary of the tokenizer."""
     told = [film_talk(film) for film in films("train", 200, 0)]
     return [text for talk in told for ask in talk.asks for text in ask]
+
+
+def manner_words() -> list[str]:
+    """Every answer about who speaks how, for the vocabulary of the tokenizer."""
+    return [*(caption(manner) for manner in MANNERS), *(emotion_answer(emotion) for emotion in EMOTIONS)]
 
 
 def _turns(asked: tuple[Text, ...], answer: str) -> tuple[Turn, Turn]:
