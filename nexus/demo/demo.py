@@ -283,8 +283,8 @@ def _voice_box_and_ears(run: Run, lab: Lab) -> tuple[dict[str, Any], dict[str, A
     first = run.train(lab.model, config, stages.codec_losses(lab, config))
     ears = run.recipe.stage("ears")
     torch.manual_seed(lab.seed("ears head"))
-    losses, spelling = stages.ears_losses(lab, ears)
-    return first, run.train(lab.model, ears, losses, spelling), spelling
+    losses, heads = stages.ears_losses(lab, ears)
+    return first, run.train(lab.model, ears, losses, heads), heads.spelling
 
 
 def _second_track(progress: Progress, recipe: Recipe, out: Path, minutes: float, begun: float, earlier: float) -> None:

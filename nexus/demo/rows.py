@@ -24,8 +24,9 @@ DESCRIBE = "please describe the picture"
 COPY = TASKS["asr"].instruction
 RECALLED = 0.5  # share of what is heard after whose answer the words are asked for as well: one sound, two lessons
 SEEN_AGAIN = 2  # typed questions that follow a spoken one about the same picture
-# Sets from which the ears learn to spell. Of those told in some manner they hear in stage 1, of "spoken" nothing.
+# Sets from which the ears learn to spell, and those told in some manner, of which they may learn that as well.
 EARS = ("heard", "mandarin", "english", "looked", "followed")
+MANNERED = ("captioned", "felt")
 HEARD_TASKS = ("asr", "chat", "s2tt", "ser", "caption", "avqa", "multiturn")
 SILENT_TASKS = ("text", "picture", "film")
 Heard = tuple[tuple[Turn, ...], str]  # the turns of a row, and the words that are heard in it as they are spelled

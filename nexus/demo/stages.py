@@ -19,19 +19,21 @@ from nexus.data.collate import sound
 from nexus.data.prepared import Line, mistaken, speech_batch
 from nexus.data.stream import Buckets
 from nexus.demo.lab import Lab
+from nexus.demo.manner import EMOTIONS, GENDERS, PACES, PITCHES
 from nexus.demo.phrases import CELLS, COLOURS, SHAPES
 from nexus.demo.pictures import Scene
-from nexus.demo.rows import EARS, film_row, heard_rows, picture_row, typed_row
+from nexus.demo.rows import EARS, MANNERED, film_row, heard_rows, picture_row, typed_row
 from nexus.pixels import patch_rows
 from nexus.recipe import StageConfig
 from nexus.train.parallel import Ranks
-from nexus.train.standins import CellNames, CharacterCTC
+from nexus.train.standins import CellNames, CharacterCTC, MannerNames
 from nexus.types import Audio, Sight, Turn
 
 Losses = Callable[[int], dict[str, Tensor]]
 CROP_SECONDS = 1.1
 PREPARED_ROWS = 64
 MASK_FROM_STEP = 150  # spectrum masking starts once the first words are heard
+MANNER_VALUES: tuple[tuple[str | bool, ...], ...] = (EMOTIONS, GENDERS, PITCHES, PACES, (False, True))  # noisy
 
 
 def codec_losses(lab: Lab, config: StageConfig) -> Losses:
@@ -84,12 +86,23 @@ def _silent_rows(lab: Lab, config: StageConfig, rng: random.Random) -> list[Rend
     return [draw(lab, rng) for kind, draw in kinds.items() for _ in range(config.mixture.get(kind, 0))]
 
 
-def ears_losses(lab: Lab, config: StageConfig) -> tuple[Losses, CharacterCTC]:
-    """Stand-in audio encoder: spelling by CTC, Mandarin in pinyin. Its head stays here, and helps again in stage 1."""
+class Ears(nn.Module):
+    """The heads of the stand-in audio encoder: how it is spelled, and who speaks how."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.spelling = CharacterCTC(width)
+        self.manner = MannerNames(width, [len(values) for values in MANNER_VALUES])
+
+
+def ears_losses(lab: Lab, config: StageConfig) -> tuple[Losses, Ears]:
+    """Stand-in audio encoder: spelling by CTC, Mandarin in pinyin, and for `auxiliary.manner` of its loss who speaks
+    how. Its heads stay here; the spelling helps again in stage 1."""
     hearing = lab.model.hearing
     assert hearing is not None
-    head = CharacterCTC(hearing.config.encoder.width)
-    places = [(name, i) for name in EARS if name in lab.plan.sets for i in lab.waves[name].places]
+    heads, weight = Ears(hearing.config.encoder.width), config.auxiliary.get("manner", 0.0)
+    sets = [name for name in (*EARS, *(MANNERED if weight else ())) if name in lab.plan.sets]
+    places = [(name, i) for name in sets for i in lab.waves[name].places]
     lengths = [int(lab.waves[name].lengths[i]) for name, i in places]
     buckets = Buckets(lengths, config.mixture["asr"], lab.seed("ears"))
 
@@ -100,9 +113,25 @@ def ears_losses(lab: Lab, config: StageConfig) -> tuple[Losses, CharacterCTC]:
         if step >= MASK_FROM_STEP:
             _mask_spectrum(heard.mel, heard.lengths, lab.rng("mask", step))
         frames = torch.tensor([hearing.config.encoder.frames_for(int(n)) for n in heard.lengths])
-        return {"loss": head(hearing.encode(heard), frames, [lab.spelling[name][i] for name, i in chosen])}
+        states = hearing.encode(heard)
+        ctc = heads.spelling(states, frames, [lab.spelling[name][i] for name, i in chosen])
+        if not weight:
+            return {"loss": ctc}
+        manner = heads.manner(states, frames, torch.tensor([_manner_labels(lab, name, i) for name, i in chosen]))
+        return {"loss": ctc + weight * manner, "ctc": ctc, "manner": manner}
 
-    return losses, head
+    return losses, heads
+
+
+def _manner_labels(lab: Lab, name: str, place: int) -> tuple[int, ...]:
+    """Which of `MANNER_VALUES` are true of an utterance; -1 where nothing was planned."""
+    if name == "felt":
+        return (EMOTIONS.index(lab.plan.emotions[name][place]), -1, -1, -1, -1)
+    if name == "captioned":
+        manner = lab.plan.manners[name][place]
+        said = (manner.gender, manner.pitch, manner.pace, manner.noisy)
+        return (-1, *(values.index(value) for values, value in zip(MANNER_VALUES[1:], said, strict=True)))
+    return (-1,) * len(MANNER_VALUES)
 
 
 def align_losses(lab: Lab, config: StageConfig, head: CharacterCTC) -> Losses:

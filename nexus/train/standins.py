@@ -39,6 +39,34 @@ class CharacterCTC(nn.Module):
         return texts
 
 
+class MannerNames(nn.Module):
+    """Who speaks how, from mean and deviation of the encoder's states over time: one classifier per attribute.
+
+    Spelling alone would teach the audio encoder to forget voices. The published one has heard enough of them.
+    """
+
+    def __init__(self, width: int, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(2 * width, n) for n in classes)
+
+    def forward(
+        self, states: Float[Tensor, "X L2 E"], lengths: Int[Tensor, "X"], labels: Int[Tensor, "X A"]
+    ) -> Float[Tensor, ""]:
+        """Mean cross entropy over attributes; a label below 0 is not asked for."""
+        scores = self.scores(states, lengths)
+        asked = [a for a in range(len(scores)) if bool((labels[:, a] >= 0).any())]
+        losses = [nn.functional.cross_entropy(scores[a].float(), labels[:, a], ignore_index=-1) for a in asked]
+        return torch.stack(losses).mean() if losses else states.sum() * 0.0
+
+    def scores(self, states: Float[Tensor, "X L2 E"], lengths: Int[Tensor, "X"]) -> list[Float[Tensor, "X C"]]:
+        """Scores of the classes of every attribute."""
+        valid = (torch.arange(states.shape[1]) < lengths[:, None])[..., None]
+        mean = (states * valid).sum(1) / lengths[:, None]
+        deviation = (((states - mean[:, None]) * valid).square().sum(1) / lengths[:, None] + 1e-5).sqrt()
+        pooled = torch.cat([mean, deviation], dim=1)
+        return [head(pooled) for head in self.heads]
+
+
 class CellNames(nn.Module):
     """What lies in each cell of a picture, from the vision tower's merged tokens: one classifier per attribute.
 
