@@ -345,6 +345,8 @@ class VoiceConfig(Strict):
                   sum: sum of codes and state; codes: sum of the codes alone, no state.
     states        post: the state at the token's own position; pre: the one that predicted it.
     source        state, or state+embedding (the token's input embedding is added).
+    And one is ours:
+    spelling      whether a frame is also told on which letter of its token it stands under the clock.
     """
 
     type: Literal["delayed"] = "delayed"
@@ -362,6 +364,7 @@ class VoiceConfig(Strict):
     fusion: Literal["mean9", "half", "sum", "codes"] = "mean9"
     states: Literal["post", "pre"] = "post"
     source: Literal["state", "state+embedding"] = "state+embedding"
+    spelling: bool = False
     book_weights: tuple[float, ...] | None = None  # loss weight per book; None: all equal
     max_seconds: Positive = 60.0
     greedy_books: Natural | None = None  # books decoded greedily, the rest sampled at `temperature`; None: all
@@ -371,6 +374,11 @@ class VoiceConfig(Strict):
     def _fits(self) -> "VoiceConfig":
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must divide by heads {self.heads} into even head widths")
+        if self.spelling and (self.conditioning != "clock" or self.fusion == "codes"):
+            raise ValueError(
+                f"spelling needs conditioning clock and a fusion with states, given {self.conditioning} and "
+                f"{self.fusion}; leave it out"
+            )
         if self.book_weights is not None and len(self.book_weights) != self.books:
             raise ValueError(f"book_weights has {len(self.book_weights)} entries for {self.books} books")
         return self

@@ -228,7 +228,7 @@ class OmniResponder:
 
     def _say(self, speaker: Speaker, row: int, tokens: list[int], states: Tensor) -> None:
         embeds = self.model.language.embed(torch.tensor(tokens, device=self.model.device))
-        speaker.say(row, states, embeds, [self.tokenizer.letters[token] for token in tokens])
+        speaker.say(row, states, embeds, torch.from_numpy(self.tokenizer.letters[tokens]).long())
 
     def _steps(self, batch: Batch, max_tokens: int) -> Iterator[Written]:
         return self.model.write(batch, self.tokenizer.stops, max_tokens, self.tokenizer.size)

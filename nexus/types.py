@@ -3,7 +3,7 @@
 Shape legend, used everywhere:
     B rows, T language positions, D language width, V vocabulary, N media items, M packed media tokens,
     F mel bins, L mel frames, P picture patches, K codebooks, S speech frames, C codes per book,
-    W samples of waveform.
+    W samples of waveform, Z letters of a token.
 
 A training row, a prompt, a test item and an alignment probe are all `Sample`s. Nothing here imports torch:
 tensors appear only in annotations.
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant"]
 MediaKind = Literal["audio", "image", "video"]
 IGNORE = -100  # label of a position that carries no loss
+LETTERS = 24  # of a token that the voice is told; what is longer is cut there
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Script:
-    """What is to be said, padded: language states and input embeddings [B, N, D] of the spoken tokens, the number of
-    letters of each [B, N], and `lengths` [B] tokens per row."""
+    """What is to be said, padded: language states and input embeddings [B, N, D] of the spoken tokens, the letters of
+    each [B, N, LETTERS] as numbers 1..255 with zeros behind them, and `lengths` [B] tokens per row."""
 
     states: "Tensor"
     embeds: "Tensor"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_film, tiny_picture, tiny_recipe, tiny_sound, tiny_tokenizer
+from tiny import spelled, tiny_film, tiny_picture, tiny_recipe, tiny_sound, tiny_tokenizer
 from torch import Tensor, nn
 
 from nexus.codec import StreamDecoder
@@ -180,7 +180,7 @@ def losses(model: OmniModel) -> dict[str, Tensor]:
     if config.voice is not None:
         draw = torch.Generator().manual_seed(1)
         states, embeds = torch.randn(2, 1, 3, config.language.width, generator=draw)
-        script = Script(states, embeds, torch.tensor([[3, 2, 4]]), torch.tensor([3]))
+        script = Script(states, embeds, spelled(torch.tensor([[3, 2, 4]])), torch.tensor([3]))
         codes = torch.randint(config.voice.book_size, (1, config.voice.books, 20), generator=draw)
         given |= {"speech": model(SpeechBatch(script, codes, torch.tensor([20])))["speech"]}
     if isinstance(codec, RVQCodec):

@@ -380,7 +380,7 @@ def test_the_choices_of_the_voice_are_compared_on_a_finished_demo(finished: Path
     said: list[str] = []
     result = bench(["voices"], tmp_path, said.append, tiny=True, demo=finished)["voices"]
     assert (
-        len(result["rows"]) == len(result["variants"]) == 6
+        len(result["rows"]) == len(result["variants"]) == 7
         and len({row["held_out_loss"] for row in result["rows"]}) > 4
     )
     again = bench(["voices"], tmp_path, said.append, tiny=True, demo=finished)["voices"]

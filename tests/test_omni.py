@@ -85,7 +85,7 @@ def speech_batch(model: OmniModel, texts: Sequence[str], codes: Sequence[Tensor]
     script = Script(
         pad(states),
         pad([model.language.embed(t).detach() for t in tokens]),
-        pad([torch.tensor([TOKENIZER.letters[i] for i in t.tolist()]) for t in tokens]),
+        pad([torch.from_numpy(TOKENIZER.letters[t.tolist()]).long() for t in tokens]),
         torch.tensor([len(t) for t in tokens]),
     )
     return SpeechBatch(script, pad([c.T for c in codes]).transpose(1, 2), torch.tensor([c.shape[1] for c in codes]))
@@ -98,7 +98,7 @@ def said(model: OmniModel, batch: SpeechBatch) -> tuple[list[Tensor], list[Tenso
     speaker = model.speaker(rows)
     for row, count in enumerate(batch.script.lengths.tolist()):
         script = batch.script
-        speaker.say(row, script.states[row, :count], script.embeds[row, :count], script.letters[row, :count].tolist())
+        speaker.say(row, script.states[row, :count], script.embeds[row, :count], script.letters[row, :count])
         speaker.end(row)
     while speaker.step():
         pass
@@ -127,7 +127,7 @@ def test_speech_streamed_frame_by_frame_is_the_speech_said_at_once() -> None:
     pieces = []
     for token in range(int(script.lengths[0])):
         here = slice(token, token + 1)
-        speaker.say(0, script.states[0, here], script.embeds[0, here], script.letters[0, here].tolist())
+        speaker.say(0, script.states[0, here], script.embeds[0, here], script.letters[0, here])
         while speaker.step():
             pieces.append(speaker.sound(0))
     assert sum(map(len, pieces)) > 0, "sound leaves before the text has ended"

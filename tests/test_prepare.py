@@ -19,7 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny import RATE_HZ, tiny_model, tiny_picture, tiny_recipe, tiny_sound, tiny_tokenizer
+from tiny import RATE_HZ, spelled, tiny_model, tiny_picture, tiny_recipe, tiny_sound, tiny_tokenizer
 
 from nexus.data.chat import render, task_turns
 from nexus.data.collate import collate
@@ -104,7 +104,7 @@ def test_a_line_holds_the_states_embeddings_letters_and_codes_of_what_is_said(mo
         line = lines[number]
         assert torch.allclose(line.states, states, atol=1e-5)
         assert torch.equal(line.embeds, embeds)
-        assert line.letters.tolist() == [tiny_tokenizer().letters[row.tokens[at]] for at in row.spoken]
+        assert line.letters.tolist() == [tiny_tokenizer().letters[row.tokens[at]].tolist() for at in row.spoken]
         assert torch.equal(line.codes, whole.codec.encode(torch.from_numpy(answer.samples)[None, None])[0])
         assert lines.seconds[number] == pytest.approx(len(answer.samples) / RATE_HZ, abs=0.1)
 
@@ -125,7 +125,7 @@ def test_every_spoken_turn_of_a_conversation_is_a_line_of_its_own_words(model: P
     tokenizer = tiny_tokenizer()
     expected = [tokenizer.encode(text) for text in ("red circle", "blue square", "seven five two")]
     assert [lines[i].letters.tolist() for i in range(len(lines))] == [
-        [tokenizer.letters[token] for token in tokens] for tokens in expected
+        [tokenizer.letters[token].tolist() for token in tokens] for tokens in expected
     ]
 
 
@@ -404,10 +404,8 @@ def test_a_voice_is_needed_to_train_one(tmp_path: Path) -> None:
 
 
 def test_a_batch_of_lines_is_padded_behind_its_end() -> None:
-    short = Line(
-        torch.ones(1, 4), torch.ones(1, 4), torch.ones(1, dtype=torch.long), torch.ones(8, 2, dtype=torch.long)
-    )
-    long = Line(torch.ones(3, 4), torch.ones(3, 4), torch.ones(3, dtype=torch.long), torch.ones(8, 5, dtype=torch.long))
+    short = Line(torch.ones(1, 4), torch.ones(1, 4), spelled(torch.ones(1)), torch.ones(8, 2, dtype=torch.long))
+    long = Line(torch.ones(3, 4), torch.ones(3, 4), spelled(torch.ones(3)), torch.ones(8, 5, dtype=torch.long))
     batch = speech_batch([short, long])
     assert batch.script.lengths.tolist() == [1, 3] and batch.lengths.tolist() == [2, 5]
     assert batch.script.states[0].sum(-1).tolist() == [4, 0, 0] and batch.codes[0, 3].tolist() == [1, 1, 0, 0, 0]

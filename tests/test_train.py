@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import tiny_model, tiny_picture, tiny_recipe, tiny_sound, tiny_tokenizer
+from tiny import spelled, tiny_model, tiny_picture, tiny_recipe, tiny_sound, tiny_tokenizer
 from torch import Tensor, nn
 
 from nexus.data.chat import render
@@ -20,7 +20,7 @@ from nexus.model.omni import OmniModel
 from nexus.recipe import OptimConfig, Recipe, StageConfig
 from nexus.train.loop import PROBE_STEPS, Pace, fit, rate_factor
 from nexus.train.stage import freeze, frozen_digest, trainable_names
-from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC
+from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC, MannerNames
 from nexus.types import Batch, Script, SpeechBatch, Text, Turn
 
 STAGES = (*tiny_recipe().standins, *tiny_recipe().stages)
@@ -57,7 +57,7 @@ def question() -> Batch:
 def whole_loss(model: OmniModel) -> Callable[[int], dict[str, Tensor]]:
     """A loss that every parameter of the model takes part in; what learns from it is the stage's choice alone."""
     batch = question()
-    script = Script(torch.randn(1, 3, 32), torch.randn(1, 3, 32), torch.tensor([[3, 2, 4]]), torch.tensor([3]))
+    script = Script(torch.randn(1, 3, 32), torch.randn(1, 3, 32), spelled(torch.tensor([[3, 2, 4]])), torch.tensor([3]))
     speech = SpeechBatch(script, torch.randint(16, (1, 8, 12)), torch.tensor([12]))
     waves = torch.from_numpy(tiny_sound(0.4).samples)[None]
     assert model.codec is not None
@@ -234,6 +234,25 @@ def test_cells_are_named_from_tokens() -> None:
     optim = OptimConfig(rate=0.5, warmup_steps=5)
     fit(dict(head.named_parameters()), optim, losses, Pace(1.0, 1, steps=40), watch, bf16=False)
     assert watch.seen[-1] < 0.1 < watch.seen[0]
+
+
+def test_manners_are_named_from_states_and_only_what_is_asked_for_counts() -> None:
+    torch.manual_seed(0)
+    states, lengths = torch.randn(4, 9, 32), torch.tensor([9, 5, 9, 7])
+    states[1::2] += 1.0  # the first attribute lies in the mean
+    states[2:] *= 2.0  # the second in the spread
+    labels = torch.tensor([[0, 0], [1, 0], [0, 1], [1, -1]])
+    head, watch = MannerNames(32, (2, 2)), Quiet()
+    losses = lambda step: {"loss": head(states, lengths, labels)}  # noqa: E731
+    optim = OptimConfig(rate=0.1, warmup_steps=5)
+    fit(dict(head.named_parameters()), optim, losses, Pace(1.0, 1, steps=60), watch, bf16=False)
+    assert watch.seen[-1] < 0.1 < watch.seen[0]
+    first, second = (scores.argmax(1).tolist() for scores in head.scores(states, lengths))
+    assert first == [0, 1, 0, 1] and second[:3] == [0, 0, 1]
+    noisy = states.clone()
+    noisy[1, 5:] = 9.0  # padding is not heard
+    assert torch.allclose(head(noisy, lengths, labels), head(states, lengths, labels), atol=1e-6)
+    assert float(head(states, lengths, torch.full((4, 2), -1)).detach()) == 0.0
 
 
 def test_heads_of_stage_nought_train_the_organ_and_are_not_in_the_model(tmp_path: Path) -> None:

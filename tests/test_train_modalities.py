@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from launch import sample
-from tiny import tiny_model, tiny_recipe, tiny_tokenizer
+from tiny import spelled, tiny_model, tiny_recipe, tiny_tokenizer
 
 from nexus.errors import BadRecord
 from nexus.model.omni import OmniModel
@@ -71,7 +71,7 @@ def test_counts_are_those_of_the_rows() -> None:
     assert 0 < load.labels < load.tokens < load.padded_tokens
     assert load.audio_frames == load.padded_audio_frames == 30
     lengths = torch.tensor([7, 5])
-    script = Script(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.ones(2, 3).long(), torch.tensor([3, 1]))
+    script = Script(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), spelled(torch.ones(2, 3)), torch.tensor([3, 1]))
     speech = weigh(SpeechBatch(script, torch.zeros(2, 8, 7).long(), lengths))
     assert (speech.labels, speech.tokens, speech.padded_tokens) == (8 * (8 + 6), 4, 6)
     assert (speech.audio_frames, speech.padded_audio_frames, speech.speech) == (12, 14, 1)

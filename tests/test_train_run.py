@@ -13,6 +13,7 @@ import pytest
 import torch
 from launch import Rows, model_folder, recipe_for
 from safetensors.torch import load_file
+from tiny import spelled
 from torch import Tensor
 
 import nexus
@@ -181,7 +182,7 @@ class Speech:
     def at(self, step: int) -> SpeechBatch:
         generator = torch.Generator().manual_seed(step)
         states = torch.randn(2, 3, 32, generator=generator)
-        script = Script(states, states, torch.tensor([[3, 2, 4], [1, 2, 0]]), torch.tensor([3, 2]))
+        script = Script(states, states, spelled(torch.tensor([[3, 2, 4], [1, 2, 0]])), torch.tensor([3, 2]))
         return SpeechBatch(script, torch.randint(16, (2, 8, 12), generator=generator), torch.tensor([12, 9]))
 
 

@@ -6,19 +6,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_recipe
+from tiny import spelled, tiny_recipe
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nexus.model.voice.delayed import DelayedVoice, delay, undelay
 from nexus.organs import VoiceConfig
-from nexus.types import Script
+from nexus.types import LETTERS, Script
 
 TINY = tiny_recipe().model.voice
 assert TINY is not None
 BOOKS, SIZE = TINY.books, TINY.book_size
 PAD, EOS = SIZE, SIZE + 1
-SWITCHES = list(product(("clock", "hold", "last"), ("mean9", "half"), ("state", "state+embedding")))
+SWITCHES = [
+    *product(("clock", "hold", "last"), ("mean9", "half"), ("state", "state+embedding"), (False,)),
+    *product(("clock",), ("mean9", "half"), ("state", "state+embedding"), (True,)),
+]
 
 
 def voice(**changes: object) -> DelayedVoice:
@@ -36,7 +39,8 @@ def script(lengths: list[int], longest: int | None = None, seed: int = 0) -> Scr
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), longest or max(lengths))
     states, embeds = torch.randn(2, *shape, 32, generator=generator)
-    return Script(states, embeds, torch.randint(0, 7, shape, generator=generator), torch.tensor(lengths))
+    letters = spelled(torch.randint(0, 7, shape, generator=generator))
+    return Script(states, embeds, letters, torch.tensor(lengths))
 
 
 def spoken(made: DelayedVoice, text: Script, row: int, steps: int, rows: int = 1) -> Tensor:
@@ -52,9 +56,8 @@ def spoken(made: DelayedVoice, text: Script, row: int, steps: int, rows: int = 1
 
 def tell(made: DelayedVoice, state: object, text: Script, row: int, begin: int, end: int, at: int = 0) -> None:
     part = slice(begin, end)
-    letters = text.letters[row, part].tolist()
     with torch.no_grad():
-        made.hear(state, at, text.states[row, part], text.embeds[row, part], letters)  # type: ignore[arg-type]
+        made.hear(state, at, text.states[row, part], text.embeds[row, part], text.letters[row, part])  # type: ignore[arg-type]
 
 
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(1, 12), st.integers(0, 9))
@@ -88,12 +91,12 @@ def test_every_book_holds_its_codes_and_one_end(lengths: list[int]) -> None:
     assert ((delayed < SIZE).sum(2) == torch.tensor(lengths)[:, None]).all()
 
 
-@pytest.mark.parametrize(("conditioning", "fusion", "source"), SWITCHES)
+@pytest.mark.parametrize(("conditioning", "fusion", "source", "spelling"), SWITCHES)
 @torch.no_grad()
 def test_one_step_at_a_time_says_what_teacher_forcing_scores_highest(
-    conditioning: str, fusion: str, source: str
+    conditioning: str, fusion: str, source: str, spelling: bool
 ) -> None:
-    made = voice(conditioning=conditioning, fusion=fusion, source=source)
+    made = voice(conditioning=conditioning, fusion=fusion, source=source, spelling=spelling)
     different = set()
     for seed in range(4):
         text = script([9], seed=seed)
@@ -102,7 +105,7 @@ def test_one_step_at_a_time_says_what_teacher_forcing_scores_highest(
         scores = made.logits(text, said[None])[0]  # [S2, K, C2]
         ends = (said[0] == EOS).nonzero()[:, 0].tolist()
         finish = ends[0] if ends else said.shape[1]
-        held = [made.frames_for(letters) for letters in text.letters[0].tolist()]
+        held = [made.frames_for(count) for count in (text.letters[0] > 0).sum(-1).tolist()]
         words_end = {"clock": sum(held), "hold": len(held), "last": 0}[conditioning]
         for book in range(BOOKS):
             mine = said[book, book : finish + book]
@@ -117,9 +120,9 @@ def test_one_step_at_a_time_says_what_teacher_forcing_scores_highest(
 
 @torch.no_grad()
 def test_every_switch_changes_what_is_said() -> None:
-    text = script([4])
+    names, text = ("conditioning", "fusion", "source", "spelling"), script([4])
     said = {
-        switches: spoken(voice(conditioning=switches[0], fusion=switches[1], source=switches[2]), text, 0, 16).tolist()
+        switches: spoken(voice(**dict(zip(names, switches, strict=True))), text, 0, 16).tolist()
         for switches in SWITCHES
     }
     assert len({str(columns) for columns in said.values()}) == len(SWITCHES)
@@ -186,13 +189,13 @@ def test_without_text_to_come_nothing_is_said_before_the_text_is_there() -> None
         assert made.ready(state, 0)  # an empty text may end at once
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.sampled_from([0.4, 1.0, 1.3, 2.15]))
+@given(st.lists(st.integers(0, LETTERS), min_size=1, max_size=6), st.sampled_from([0.4, 1.0, 1.3, 2.15]))
 @torch.no_grad()
 def test_the_clock_holds_each_token_for_the_frames_it_announces(letters: list[int], rate: float) -> None:
     made = voice(conditioning="clock", frames_per_character=rate)
     torch.manual_seed(1)
     states, embeds = torch.randn(2, 1, len(letters), 32)
-    text = Script(states, embeds, torch.tensor([letters]), torch.tensor([len(letters)]))
+    text = Script(states, embeds, spelled(torch.tensor([letters])), torch.tensor([len(letters)]))
     held = [made.frames_for(count) for count in letters]
     line = made.timeline(text, sum(held) + 3)[0]
     _, runs = torch.unique_consecutive(line, dim=0, return_counts=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import spelled
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -37,7 +38,7 @@ def voice(dtype: torch.dtype = torch.float32, **changes: object) -> DelayedVoice
 def script(rows: int, words: int, dtype: torch.dtype = torch.float32) -> Script:
     generator = torch.Generator().manual_seed(1)
     states, embeds = torch.randn(2, rows, words, WIDTH, generator=generator).to(dtype)
-    letters = torch.randint(0, 5, (rows, words), generator=generator)
+    letters = spelled(torch.randint(0, 5, (rows, words), generator=generator))
     return Script(states, embeds, letters, torch.full((rows,), words))
 
 
@@ -51,7 +52,7 @@ def stepped(made: Speaking, text: Script, delayed: Tensor) -> Tensor:
     rows = list(range(len(delayed)))
     state = made.start(len(rows))
     for row in rows:
-        made.hear(state, row, text.states[row], text.embeds[row], text.letters[row].tolist())
+        made.hear(state, row, text.states[row], text.embeds[row], text.letters[row])
         made.end(state, row)
     scores = []
     for step in range(delayed.shape[2] - made.config.books + 1):
@@ -110,7 +111,7 @@ def test_rows_at_any_pace_are_scored_as_they_are_alone(turns: list[set[int]], po
     alone = made.logits(text, delayed)
     state = made.start(3)
     for row in range(3):
-        made.hear(state, row, text.states[row], text.embeds[row], text.letters[row].tolist())
+        made.hear(state, row, text.states[row], text.embeds[row], text.letters[row])
     for turn in turns:
         rows = sorted(turn)
         at = [state.rows[row].step for row in rows]
@@ -248,12 +249,12 @@ def test_an_int8_voice_speaks_to_its_end() -> None:
     made = voice().quantised()
     assert isinstance(made, Int8Voice)
     text, state = script(1, 5), made.start(1)
-    made.hear(state, 0, text.states[0], text.embeds[0], text.letters[0].tolist())
+    made.hear(state, 0, text.states[0], text.embeds[0], text.letters[0])
     made.end(state, 0)
     said = []
     while made.ready(state, 0) and len(said) < 500:
         said.append(made.step(state, [0])[0])
-    assert made.frames(state, 0) >= sum(made.frames_for(n) for n in text.letters[0].tolist()[:-1])
+    assert made.frames(state, 0) >= sum(made.frames_for(n) for n in (text.letters[0] > 0).sum(-1).tolist()[:-1])
 
 
 def test_int8_weights_off_the_cpu_are_refused_by_name() -> None:
@@ -265,7 +266,7 @@ def test_int8_weights_off_the_cpu_are_refused_by_name() -> None:
 def test_with_one_book_a_reply_has_as_many_steps_as_frames() -> None:
     made = voice(books=1)
     text, state = script(1, 5), made.start(1)
-    made.hear(state, 0, text.states[0], text.embeds[0], text.letters[0].tolist())
+    made.hear(state, 0, text.states[0], text.embeds[0], text.letters[0])
     made.end(state, 0)
     column = torch.tensor([[3]])
     for step in range(4):

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nexus.data.chat import SYSTEM, TASKS, ChatTokenizer
 from nexus.model.omni import OmniModel
 from nexus.recipe import Recipe, TokenizerConfig
-from nexus.types import Audio, Image, Video
+from nexus.types import LETTERS, Audio, Image, Video
 
 torch.set_num_threads(1)  # at these widths a second thread only waits for the first
 
@@ -56,6 +56,12 @@ def tiny_tokenizer(uncased: bool = True, texts: Iterable[str] = ()) -> ChatToken
     """A tokenizer of at most 400 entries that knows the templates and a few words."""
     known = [" ".join(WORDS), SYSTEM, "system", "user", "assistant", *(task.instruction for task in TASKS.values())]
     return ChatTokenizer.train(TokenizerConfig(uncased=uncased), [*known * 3, *texts], 400)
+
+
+def spelled(counts: Tensor) -> Tensor:
+    """Letters [..., LETTERS] of tokens with that many of them each, as a tokenizer would give them."""
+    places = torch.arange(LETTERS)
+    return (places % 26 + 97) * (places < counts[..., None])
 
 
 def tiny_sound(seconds: float = 1.0, seed: int = 0) -> Audio:

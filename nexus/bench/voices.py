@@ -37,8 +37,16 @@ VARIANTS: dict[str, Settings] = {
     "fusion: half": {"fusion": "half"},
     "states: pre": {"states": "pre"},
     "source: state": {"source": "state"},
+    "spelling": {"spelling": True},
 }
-DEFAULTS = {"conditioning": "clock", "fusion": "mean9", "states": "post", "source": "state+embedding"}
+# Without `spelling`, which is ours and goes with the clock alone: first the paper's points, then what is added to them.
+DEFAULTS = {
+    "conditioning": "clock",
+    "fusion": "mean9",
+    "states": "post",
+    "source": "state+embedding",
+    "spelling": False,
+}
 HELD_OUT = 40  # every so many prepared lines one is left out of training, for the loss
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from nexus.errors import BadCheckpoint, BadRecord
 from nexus.organs import ModelConfig
 from nexus.recipe import TokenizerConfig
-from nexus.types import IGNORE, Audio, Image, Part, Role, Sample, Span, Text, Turn, Video
+from nexus.types import IGNORE, LETTERS, Audio, Image, Part, Role, Sample, Span, Text, Turn, Video
 
 SYSTEM = "You are a helpful assistant."
 SPECIALS = (
@@ -72,10 +73,14 @@ class ChatTokenizer:
         return _read_tokenizer, (self._tokenizer.to_str(),)
 
     @functools.cached_property
-    def letters(self) -> list[int]:
-        """Characters of every token, outer spaces left out; 0 for special tokens."""
-        decode = self._tokenizer.decode
-        return [len(decode([i], skip_special_tokens=True).strip()) for i in range(self.size)]
+    def letters(self) -> np.ndarray:
+        """Characters of every token as numbers 1..255, u8 [V, LETTERS], outer spaces left out, zeros behind them; none
+        for special tokens. Beyond Latin letters several characters share a number."""
+        table = np.zeros((self.size, LETTERS), np.uint8)
+        for token in range(self.size):
+            text = self._tokenizer.decode([token], skip_special_tokens=True).strip()[:LETTERS]
+            table[token, : len(text)] = [1 + ord(character) % 255 for character in text]
+        return table
 
     @classmethod
     def train(cls, config: TokenizerConfig, texts: Iterable[str], size: int) -> "ChatTokenizer":

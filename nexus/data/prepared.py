@@ -23,19 +23,19 @@ from nexus.errors import BadCheckpoint, BadConfig
 from nexus.recipe import fingerprint
 from nexus.types import Audio, Script, SpeechBatch, Text, Turn
 
-FORMAT = "nexus-prepared/1"
+FORMAT = "nexus-prepared/2"
 INDEX = "index.json"
 OPEN_SHARDS = 64  # kept open at a time by a process
 
 
 @dataclass(frozen=True)
 class Line:
-    """One thing the voice learns to say: language states and input embeddings of its tokens, letters per token, and
-    its codes."""
+    """One thing the voice learns to say: language states and input embeddings of its tokens, their letters, and its
+    codes."""
 
     states: Float[Tensor, "N D"]
     embeds: Float[Tensor, "N D"]
-    letters: Int[Tensor, "N"]
+    letters: Int[Tensor, "N Z"]
     codes: Int[Tensor, "K S"]
 
 
@@ -48,10 +48,10 @@ def speech_batch(lines: Sequence[Line]) -> SpeechBatch:
     script = Script(
         pad([line.states for line in lines]),
         pad([line.embeds for line in lines]),
-        pad([line.letters for line in lines]),
+        pad([line.letters for line in lines]).long(),
         torch.tensor([len(line.letters) for line in lines]),
     )
-    codes = pad([line.codes.T for line in lines]).transpose(1, 2)
+    codes = pad([line.codes.T for line in lines]).transpose(1, 2).long()
     return SpeechBatch(script, codes, torch.tensor([line.codes.shape[1] for line in lines]))
 
 

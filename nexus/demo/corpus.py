@@ -78,7 +78,8 @@ def plan(world: World, config: WorldConfig) -> Plan:
     sentences = world.sentences("train", config.heard - asked + config.spoken + told)
     mannered, sentences = sentences[:told], sentences[told:]
     others, readings = sentences[: config.heard - asked], sentences[config.heard - asked :]
-    answers = list(dict.fromkeys(item.answer for item in questions))[: config.spoken // 2]
+    # Answers are few kinds of sentences, which are soon said well; what is read aloud is anything.
+    answers = list(dict.fromkeys(item.answer for item in questions))[: config.spoken // 3]
     spoken = list(dict.fromkeys([*answers, *readings]))[: config.spoken]
     place = {text: index for index, text in enumerate(spoken)}
     test_questions = world.questions("test", config.test_questions)

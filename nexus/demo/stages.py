@@ -204,8 +204,9 @@ def _line(lab: Lab, tokens: Sequence[int], states: Tensor, place: int) -> Line:
     codec = lab.model.codec
     assert codec is not None
     codes = codec.encode(torch.from_numpy(_samples(lab.waves["spoken"][place]))[None, None])[0]
-    letters = torch.tensor([lab.tokenizer.letters[token] for token in tokens])
-    return Line(states, lab.model.language.embed(torch.tensor(tokens)), letters, codes)
+    letters = torch.from_numpy(lab.tokenizer.letters[list(tokens)])
+    embeds = lab.model.language.embed(torch.tensor(tokens))
+    return Line(states.half(), embeds.half(), letters.short(), codes.short())  # tens of thousands stay in memory
 
 
 def speak_losses(lab: Lab, config: StageConfig, lines: Sequence[Line]) -> Losses:

@@ -163,7 +163,7 @@ def _code_loss(responder: OmniResponder, row: Rendered, at: list[int], codes: Te
     states = model.spoken_states(collate([row], responder.tokenizer.pad, model.config), [at])[0]
     tokens = [row.tokens[place] for place in at]
     embeds = model.language.embed(torch.tensor(tokens, device=model.device))
-    letters = torch.tensor([responder.tokenizer.letters[token] for token in tokens])
+    letters = torch.from_numpy(responder.tokenizer.letters[tokens]).long()
     return float(model(speech_batch([Line(states.cpu(), embeds.cpu(), letters, codes)]))["speech"])
 
 

@@ -198,10 +198,12 @@ class Speaker:
         seconds = model.voice.config.max_seconds if max_seconds is None else max_seconds
         self._limit = round(seconds * codec.frame_rate_hz)
 
-    def say(self, row: int, states: Float[Tensor, "N D"], embeds: Float[Tensor, "N D"], letters: Sequence[int]) -> None:
-        """More tokens for a row."""
+    def say(
+        self, row: int, states: Float[Tensor, "N D"], embeds: Float[Tensor, "N D"], letters: Int[Tensor, "N Z"]
+    ) -> None:
+        """More tokens for a row; `letters` as in `Script`."""
         with torch.no_grad():
-            self._voice.hear(self._state, row, states, embeds, list(letters))
+            self._voice.hear(self._state, row, states, embeds, letters)
 
     def end(self, row: int) -> None:
         """No more tokens will come for a row."""

@@ -46,7 +46,7 @@ def weigh(batch: Batch | SpeechBatch) -> Load:
             labels=(frames + len(batch.lengths)) * books,  # every book ends once
             rows=len(batch.lengths),
             tokens=int(batch.script.lengths.sum()),
-            padded_tokens=batch.script.letters.numel(),
+            padded_tokens=batch.script.letters.shape[:2].numel(),
             audio_frames=frames,
             padded_audio_frames=batch.codes.shape[0] * batch.codes.shape[2],
             speech=1,

@@ -31,7 +31,7 @@ from nexus.organs import ModelConfig
 from nexus.recipe import OptimConfig, Recipe, StageConfig
 from nexus.train.stage import freeze
 from nexus.train.trace import Traced, trace
-from nexus.types import IGNORE, Audio, Batch, Image, Script, Sight, Sound, Span, SpeechBatch, Video
+from nexus.types import IGNORE, LETTERS, Audio, Batch, Image, Script, Sight, Sound, Span, SpeechBatch, Video
 
 GIB = 2**30
 MAX_ROWS = 1024  # nobody asks for more rows of one GPU, and a step of many rows takes long to trace
@@ -347,7 +347,7 @@ def _speech(config: ModelConfig, rows: int, lengths: Lengths) -> SpeechBatch:
         raise BadConfig("the plan has rows of speech, but the recipe has no voice; leave tts and s2s out")
     frames = math.ceil(lengths.speech_seconds * config.codec.frame_rate_hz)
     states = _zeros(rows, lengths.spoken_tokens, config.language.width)
-    letters = torch.full((rows, lengths.spoken_tokens), 4)
+    letters = (torch.arange(LETTERS) < 4).long().expand(rows, lengths.spoken_tokens, -1)
     script = Script(states, states, letters, torch.full((rows,), lengths.spoken_tokens))
     codes = torch.zeros(rows, config.voice.books, frames, dtype=torch.long)
     return SpeechBatch(script, codes, torch.full((rows,), frames))

@@ -6,6 +6,7 @@ share the shards without talking to each other, and a killed run goes on behind 
 """
 
 import functools
+import hashlib
 import json
 import os
 import secrets
@@ -35,7 +36,7 @@ from nexus.recipe import code_digest, fingerprint
 from nexus.results import write_whole
 from nexus.source import Limits
 from nexus.train.voice import weight_fingerprints
-from nexus.types import Audio, Part, Sample, Turn
+from nexus.types import LETTERS, Audio, Part, Sample, Turn
 
 PLAN, REJECTS = "plan.json", "rejects.jsonl"
 ABOUT = "nexus"  # the entry of a shard's header that says what is in it
@@ -130,7 +131,7 @@ def fingerprints(folder: Path) -> dict[str, str]:
     if config.voice is None:
         raise BadConfig(f"{folder}: this model has no voice, so there is no speech to prepare; add voice and codec")
     tokenizer = ChatTokenizer.load(folder / "tokenizer.json")
-    specials = {"letters": tokenizer.letters, "ids": tokenizer.ids}
+    specials = {"letters": hashlib.sha256(tokenizer.letters.tobytes()).hexdigest(), "ids": tokenizer.ids}
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     shape = config.model_dump(mode="json", include={"language", "vision", "hearing", "codec"})
     return {
@@ -358,7 +359,7 @@ class _Maker:
         for turn, state in zip(turns, states, strict=True):
             tokens = [turn.rendered.tokens[at] for at in turn.at]
             embeds = self._model.language.embed(torch.tensor(tokens, device=self._model.device))
-            letters = torch.tensor([self._tokenizer.letters[token] for token in tokens])
+            letters = torch.from_numpy(self._tokenizer.letters[tokens]).long()
             made.append(Line(state.to(self._dtype).cpu(), embeds.to(self._dtype).cpu(), letters, turn.codes))
         return made
 
@@ -382,7 +383,7 @@ def _write_shard(
         "states": torch.cat([none, *(line.states for line in lines)]),
         "entries": entries.int(),
         "embeds": embeds[first],
-        "letters": torch.cat([torch.zeros(0, dtype=torch.long), *(line.letters for line in lines)]).int(),
+        "letters": torch.cat([torch.zeros(0, LETTERS).long(), *(line.letters for line in lines)]).to(torch.uint8),
         "codes": torch.cat([torch.zeros(books, 0, dtype=torch.long), *(line.codes for line in lines)], dim=1).int(),
     }
     about = {

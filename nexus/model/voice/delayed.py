@@ -22,7 +22,7 @@ from nexus.model.voice.decoder import Decoder
 from nexus.model.voice.matrices import Matrix, dense, int8
 from nexus.model.voice.speaking import Speaking, Speech, shares
 from nexus.organs import VoiceConfig
-from nexus.types import Script
+from nexus.types import LETTERS, Script
 
 
 def delay(codes: Int[Tensor, "B K S"], lengths: Int[Tensor, "B"], pad: int, eos: int) -> Int[Tensor, "B K S2"]:
@@ -60,6 +60,11 @@ class DelayedVoice(Speaking):
                 self.embed_norm = RMSNorm(language_width)
                 self.embed = nn.Linear(language_width, width, bias=False)
                 terms.append(self.embed.weight)
+            if config.spelling:
+                self.letters = nn.Embedding(256, width)
+                self.places = nn.Embedding(LETTERS + 1, width)
+                nn.init.normal_(self.letters.weight, std=(config.books / 2) ** 0.5)
+                nn.init.zeros_(self.places.weight)
         rope = config.positions == "rope"
         block = BlockConfig(width, config.heads, config.ffn_width, config.norm, config.feed_forward, rope=rope)
         self.blocks = nn.ModuleList(Block(block) for _ in range(config.layers))
@@ -89,13 +94,18 @@ class DelayedVoice(Speaking):
             case "hold":
                 index, silent = torch.minimum(step, last[:, None]), torch.zeros_like(step, dtype=torch.bool)
             case "clock":
-                held = (self.config.frames_per_character * (script.letters + 1)).int().clamp_min(1)
-                spoken = torch.arange(script.letters.shape[1], device=said.device) < script.lengths[:, None]
+                counts = (script.letters > 0).sum(-1)
+                held = (self.config.frames_per_character * (counts + 1)).int().clamp_min(1)
+                spoken = torch.arange(counts.shape[1], device=said.device) < script.lengths[:, None]
                 ends = (held * spoken).cumsum(1)  # [B, N] first step after each token
                 index = (step[:, :, None] >= ends[:, None, :]).sum(-1)
                 silent = index > last[:, None]
                 index = torch.minimum(index, last[:, None])
         timeline = said.gather(1, index.long()[..., None].expand(-1, -1, width))
+        if self.config.spelling:
+            frame = step - (ends - held).gather(1, index)  # of those its token is held for
+            letters = script.letters.gather(1, index[..., None].expand(-1, -1, LETTERS))
+            timeline = timeline + self.spelled(letters, frame).to(timeline.dtype)
         return torch.where(silent[..., None], self.silence.to(said.dtype), timeline)
 
     def logits(self, script: Script, delayed: Int[Tensor, "B K S2"]) -> Float[Tensor, "B S2 K C2"]:
@@ -174,7 +184,7 @@ class Int8Voice(Speaking):
 
     def __init__(self, voice: DelayedVoice) -> None:
         super().__init__(voice.config)
-        for name in ("state_norm", "state", "embed_norm", "embed"):
+        for name in ("state_norm", "state", "embed_norm", "embed", "letters", "places"):
             if hasattr(voice, name):
                 setattr(self, name, getattr(voice, name))
         self._speech = _freeze(voice, int8, torch.float32)

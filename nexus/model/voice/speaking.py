@@ -1,8 +1,7 @@
 """How a voice speaks: what each row has still to say, one delayed column after another, until its own end of speech.
 
 `Speaking` is what a trained voice and its int8 form share. It yields codes; `OmniModel.speak` turns them into sound. It
-knows neither texts nor tokenizers: how long a token is held follows from its number of letters, which the caller
-hands over.
+knows neither texts nor tokenizers: how long a token is held follows from its letters, which the caller hands over.
 """
 
 from collections import deque
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from nexus.model.voice.decoder import Decoder
 from nexus.organs import VoiceConfig
+from nexus.types import LETTERS
 
 
 @dataclass
@@ -70,6 +70,8 @@ class Speaking(nn.Module):
     state: nn.Linear
     embed_norm: nn.Module
     embed: nn.Linear
+    letters: nn.Embedding
+    places: nn.Embedding
 
     def __init__(self, config: VoiceConfig) -> None:
         super().__init__()
@@ -89,6 +91,12 @@ class Speaking(nn.Module):
             said = said + self.embed(self.embed_norm(embeds.to(weight)))
         return said
 
+    def spelled(self, letters: Int[Tensor, "*B Z"], frame: Int[Tensor, "*B"]) -> Float[Tensor, "*B W"]:
+        """On which of the letters of its token a frame of it stands, and how far into the token that is."""
+        place = (frame / self.config.frames_per_character).long().clamp(0, LETTERS)
+        letter = nn.functional.pad(letters, (0, 1)).gather(-1, place[..., None])[..., 0]
+        return self.letters(letter.to(self.letters.weight.device)) + self.places(place.to(self.places.weight.device))
+
     def frames_for(self, letters: int) -> int:
         """Frames a token of that many letters is held for under the clock."""
         return max(1, int(self.config.frames_per_character * (letters + 1)))
@@ -107,19 +115,23 @@ class Speaking(nn.Module):
         row: int,
         states: Float[Tensor, "N D"],
         embeds: Float[Tensor, "N D"],
-        letters: list[int],
+        letters: Int[Tensor, "N Z"],
     ) -> None:
-        """More text for a row: its language states, input embeddings and letters per token."""
+        """More text for a row: its language states, input embeddings and the letters of its tokens."""
+        share, dtype = shares(self.config)[1], state.speech.codes.dtype
         if self.config.fusion == "codes":  # the text only says how long there is to speak
-            said = [state.speech.silence] * len(letters)
+            said = state.speech.silence.expand(len(letters), -1)
         else:
-            said = [*(self.project(states, embeds) * shares(self.config)[1]).to(state.speech.codes.dtype)]
+            said = self.project(states, embeds) * share
         speaker = state.rows[row]
-        for token, count in zip(said, letters, strict=True):
+        for token, own, count in zip(said, letters, (letters > 0).sum(-1).tolist(), strict=True):
             held = self.frames_for(count) if self.config.conditioning == "clock" else 1
+            frames = token.expand(held, -1)
+            if self.config.spelling:
+                frames = frames + self.spelled(own.expand(held, -1), torch.arange(held, device=own.device)) * share
             if self.config.conditioning != "last":
-                speaker.queue.extend([token] * held)
-            speaker.last, speaker.tail = token, held
+                speaker.queue.extend(frames.to(dtype))
+            speaker.last, speaker.tail = token.to(dtype), held
 
     def end(self, state: VoiceState, row: int) -> None:
         """No more text will come for this row."""
