@@ -12,11 +12,11 @@ from nexus.data.chat import render, task_turns
 from nexus.data.collate import collate, sound
 from nexus.model.hearing import WhisperEncoder
 from nexus.model.omni import OmniModel
-from nexus.model.packing import PREFIX, UNUSED, packed
+from nexus.model.packing import PREFIX, SHORT, UNUSED, packed
 from nexus.types import Batch, Text, Turn
 
 TOKENIZER = tiny_tokenizer()
-LENGTHS = st.lists(st.integers(3, 40), min_size=1, max_size=12)
+LENGTHS = st.lists(st.integers(3, 40), min_size=1, max_size=12) | st.lists(st.integers(3, 300), min_size=2, max_size=5)
 
 
 def ask(*parts: object, reply: str) -> tuple[Turn, ...]:
@@ -103,6 +103,7 @@ def test_every_position_has_its_place_and_sees_its_own_row_and_the_prefix(
     if layout is None:  # nothing to save
         return
     assert layout.source.numel() < len(lengths) * longest
+    assert layout.source.shape[1] <= max(longest, SHORT)
     flat = torch.arange(len(lengths) * longest).view(len(lengths), longest)
     back = layout.unpack(layout.pack(flat))
     segments, sees = layout.segment.flatten(), layout.sees(True)

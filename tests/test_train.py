@@ -1,6 +1,7 @@
 """Stages train exactly what they name, the loop follows its plan to the bit, stand-in heads stay outside the model."""
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,19 +148,37 @@ def test_the_rate_warms_up_stays_and_falls_to_its_last_share() -> None:
     assert factors[75] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
 
 
-@given(st.integers(PROBE_STEPS, 200), st.integers(0, 80), st.floats(0.1, 0.9))
-def test_the_rate_of_the_probe_is_the_same_once_the_length_is_known(steps: int, warmup: int, decay_from: float) -> None:
-    optim = OptimConfig(warmup_steps=warmup, decay_from=decay_from)
-    for step in range(PROBE_STEPS):
+@given(st.integers(0, 200), st.integers(0, 80), st.floats(0.1, 0.9), st.integers(1, 6))
+def test_the_rate_of_the_probe_is_the_same_once_the_length_is_known(
+    more: int, warmup: int, decay_from: float, looks: int
+) -> None:
+    optim, taken = OptimConfig(warmup_steps=warmup, decay_from=decay_from), looks * PROBE_STEPS
+    steps = Pace(1.0, 1).decide(taken, more, decay_from)
+    assert steps >= taken + more
+    for step in range(taken):
         assert rate_factor(step, None, optim) == rate_factor(step, steps, optim)
 
 
-def test_a_pace_is_decided_once() -> None:
+def test_a_length_is_fixed_by_the_speed_of_a_fifth_of_the_time_not_of_the_first_steps() -> None:
+    """A stage whose first steps were fast, because nothing ran beside them yet, does not run over its time."""
+    parameter = nn.Parameter(torch.ones(1))
+
+    def losses(step: int) -> dict[str, Tensor]:
+        time.sleep(0.0 if step < PROBE_STEPS else 0.01)
+        return {"loss": (parameter**2).sum()}
+
+    pace, begun = Pace(1.5, 1), time.perf_counter()
+    fit({"p": parameter}, OptimConfig(), losses, pace, Quiet(), bf16=False)
+    assert pace.steps is not None and PROBE_STEPS * 2 <= pace.steps <= 300  # 1.5 s at the first speed are thousands
+    assert time.perf_counter() - begun < 6.0
+
+
+def test_a_pace_leaves_no_stage_without_its_fewest_steps_or_its_decay() -> None:
     pace = Pace(seconds=10.0, min_steps=30)
-    assert pace.decide(20.0) == 200 and pace.decide(1.0) == 200
-    assert Pace(10.0, 30).decide(1.0) == 30
-    assert Pace(0.0, 1).decide(1.0) == PROBE_STEPS + 1
-    assert Pace(10.0, 30, steps=7).decide(20.0) == 7
+    assert pace.decide(PROBE_STEPS, 175, 0.4) == 200
+    assert pace.decide(PROBE_STEPS, 1, 0.4) == 30
+    assert Pace(0.0, 1).decide(PROBE_STEPS, -3, 0.4) == PROBE_STEPS + 1
+    assert pace.decide(100, 20, 0.4) == 250
 
 
 def voice_run(pace: Pace, watch: Quiet, told: list[int]) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

@@ -28,7 +28,7 @@ def voice(**changes: object) -> DelayedVoice:
     """A voice that listens: with its fresh heads every code would be nearly as good as any other."""
     torch.manual_seed(0)
     assert TINY is not None
-    made = DelayedVoice(VoiceConfig.model_validate({**TINY.model_dump(), **changes}), 32).eval()
+    made = DelayedVoice(VoiceConfig.model_validate({**TINY.model_dump(), "spelling": False, **changes}), 32).eval()
     for parameter in (made.start_vector, made.silence, made.heads.weight):
         nn.init.normal_(parameter)
     return made

@@ -26,7 +26,8 @@ NARROW = (
     " min_pixels: 7056, max_pixels: 50176, max_frames: 32}",
     "model.hearing={encoder: {num_mels: 80, width: 32, layers: 2, heads: 2, ffn_width: 64, conv_strides: [2, 2],"
     " positions: rope, window_seconds: 3.0}, adapter: {stack: 5, width: 48}, max_seconds: 20.0}",
-    "model.voice={width: 32, layers: 2, heads: 2, ffn_width: 64, books: 8, book_size: 16, max_seconds: 6.0}",
+    "model.voice={width: 32, layers: 2, heads: 2, ffn_width: 64, books: 8, book_size: 16, max_seconds: 6.0,"
+    " spelling: true}",
     "model.codec={num_fft: 1024, hop: 256, num_mels: 80, stack: 3, books: 8, book_size: 16, pca_dims: 8,"
     " vocoder_width: 16, vocoder_blocks: 1}",
 )

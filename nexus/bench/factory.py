@@ -51,9 +51,9 @@ GIB = 2**30
 class Load:
     """Sizes, and what is to be reached."""
 
-    spoken: int = 400  # texts of the race against the bare engines
+    spoken: int = 300  # texts of the race against the bare engines
     processes: int = 2
-    repeats: int = 3
+    repeats: int = 2
     max_overhead: float = 0.05
     ruled: int = 5_000_000  # texts in memory for duplicates
     min_rules_per_second: float = 50_000.0

@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 CAPACITIES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # lengths of a pack that are tried, in longest rows
+# No pack is longer than the longest row or this: attention's memory grows with a pack's length, and a plan of memory
+# that was made for padded rows must stay an upper bound.
+SHORT = 256
 PREFIX, UNUSED = -1, -2
 
 
@@ -63,6 +66,8 @@ def packed(lengths: Sequence[int], longest: int, width: int, shared: int = 0) ->
     tried = []
     for factor in CAPACITIES:
         room = int(max(rest) * factor)
+        if factor > 1 and shared + room > SHORT:
+            break
         packs = _first_fit(order, rest, room)
         size = shared + max(sum(rest[row] for row in pack) for pack in packs)
         tried.append((len(packs) * _cost(size, width), size, packs))

@@ -1,6 +1,7 @@
 """The training loop: one function, top to bottom, for every stage. It knows neither data nor models."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from nexus.train.stage import optimizers
 
 ALONE = Ranks()
 HEAP_STEPS = 50  # holes in the heap are given back before a stage and after so many: never while its speed is measured
-PROBE_STEPS = 25  # the speed of a stage is measured once on steps 5 .. 25, all inside the warm-up
+WARM_STEPS = 5  # of a stage, whose time says nothing
+PROBE_STEPS = 25  # the speed of a stage is measured anew over so many
+PROBE_SHARE = 0.2  # of its seconds, after which its steps are fixed: what runs beside it at first may be another load
 
 
 @runtime_checkable
@@ -31,23 +34,24 @@ class Watch(Protocol):
 
 @dataclass
 class Pace:
-    """How many steps a stage takes: given, or measured once from a budget in seconds."""
+    """How many steps a stage takes: given, or measured from a budget in seconds."""
 
     seconds: float
     min_steps: int
     steps: int | None = None
 
-    def decide(self, steps_per_second: float) -> int:
-        """Fix the number of steps; later calls return the same number."""
-        if self.steps is None:
-            self.steps = max(self.min_steps, PROBE_STEPS + 1, int(self.seconds * steps_per_second))
-        return self.steps
+    def decide(self, taken: int, more: int, decay_from: float) -> int:
+        """How many steps there will be, when `taken` were taken, all before the rate decays, and there is time for so
+        many `more`."""
+        at_least = math.ceil(taken / decay_from) if taken > PROBE_STEPS else PROBE_STEPS + 1
+        return max(self.min_steps, at_least, taken + more)
 
 
 def rate_factor(step: int, steps: int | None, optim: OptimConfig) -> float:
     """Learning-rate factor: warm-up, constant, then linear to final_factor from decay_from of the steps.
 
-    The steps on which a stage's speed is measured do not depend on the total: it is not known yet.
+    The steps on which a stage's speed is measured do not depend on the total: it is not known yet, and fixed such that
+    none of them would have been of the decay.
     """
     if step < optim.warmup_steps or steps is None:
         return min(1.0, (step + 1) / max(1, optim.warmup_steps))
@@ -133,15 +137,21 @@ def descend(
     Raises NexusError for a gradient that is not finite, before anything is moved.
     """
     begun = time.perf_counter()
-    probe = begun
+    probe = first, begun  # a step, and when it began
     step = first
     while pace.steps is None or step < pace.steps:
         if (step - first) % HEAP_STEPS == 0:
             give_memory_back()
-        if pace.steps is None and step == first + 5:
-            probe = time.perf_counter()
-        if pace.steps is None and step >= PROBE_STEPS and step > first + 5:
-            pace.steps = ranks.agree(pace.decide((step - first - 5) / (time.perf_counter() - probe)))
+        if pace.steps is None and step == first + WARM_STEPS:
+            probe = step, time.perf_counter()
+        if pace.steps is None and step >= PROBE_STEPS and step > first and (step - first) % PROBE_STEPS == 0:
+            now = time.perf_counter()
+            speed, left = (step - probe[0]) / (now - probe[1]), pace.seconds - (now - begun)
+            probe = step, now
+            measured = left <= (1 - PROBE_SHARE) * pace.seconds
+            # The first rank's word counts: clocks differ, the steps at which all ask do not.
+            steps = pace.decide(step, int(left * speed), optim.decay_from) if measured else 0
+            pace.steps = ranks.agree(steps) or None
         if pace.steps is not None:
             fixed(pace.steps)
         factor = rate_factor(step, pace.steps, optim)
