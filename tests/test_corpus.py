@@ -56,6 +56,20 @@ def test_equal_utterances_have_equal_ids_and_every_parameter_counts() -> None:
     assert len({said.id, *(other.id for other in others)}) == 1 + len(others)
 
 
+def test_what_is_read_aloud_does_not_become_lopsided_when_more_is_heard() -> None:
+    """The small families of sentences are few: whoever takes what the others left reads of the large ones alone."""
+    read = [
+        {said.text for said in plan(World(0), SMALL.model_copy(update={"heard": heard})).sets["spoken"]}
+        for heard in (SMALL.heard, 20_000)
+    ]
+    own = set(World(0).sentences("train", SMALL.spoken, stream=corpus.READINGS))
+    answers = SMALL.spoken // 3
+    for texts in read:
+        assert len(texts) == SMALL.spoken
+        assert len(texts & own) >= SMALL.spoken - answers
+    assert len(read[0] & read[1]) >= SMALL.spoken - 2 * answers
+
+
 def test_a_new_version_of_a_step_is_a_new_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     two = Delivery(Voice("en-us+f2"))
     before = Utterance("two", two).id

@@ -18,6 +18,7 @@ from nexus.engines.speak import Voice, voice_pool
 from nexus.errors import BadConfig
 from nexus.recipe import WorldConfig, fingerprint
 
+READINGS = 2  # stream of the world's sentences that are read aloud
 STEPS = {"espeakng-loader": "0.2.4", "trim": 1, "resample": 1, "shape": 1, "noise": 1}  # a change here is a new corpus
 
 
@@ -75,9 +76,11 @@ def plan(world: World, config: WorldConfig) -> Plan:
     asked = config.heard * 6 // 10
     questions = world.questions("train", asked)
     told = config.captioned + config.felt
-    sentences = world.sentences("train", config.heard - asked + config.spoken + told)
-    mannered, sentences = sentences[:told], sentences[told:]
-    others, readings = sentences[: config.heard - asked], sentences[config.heard - asked :]
+    sentences = world.sentences("train", config.heard - asked + told)
+    mannered, others = sentences[:told], sentences[told:]
+    # In an order of their own: what is left behind those is of the largest families alone, and a voice that read only
+    # that reads the others badly.
+    readings = world.sentences("train", config.spoken, stream=READINGS)
     # Answers are few kinds of sentences, which are soon said well; what is read aloud is anything.
     answers = list(dict.fromkeys(item.answer for item in questions))[: config.spoken // 3]
     spoken = list(dict.fromkeys([*answers, *readings]))[: config.spoken]
