@@ -21,6 +21,7 @@ from nexus.bench.race import Say, Settings, agreement, best, describe, race, rat
 from nexus.model.voice.delayed import DelayedVoice
 from nexus.model.voice.speaking import Speaking, VoiceState
 from nexus.organs import VoiceConfig
+from nexus.types import LETTERS
 
 Form = Literal["float32", "bfloat16", "int8"]
 SHARE_BAR = 0.7  # the bare products' part of our step
@@ -162,9 +163,10 @@ def _heat(heat: Heat, say: Say) -> list[Settings]:
 
 def _start(voice: Speaking, rows: int, frames: int) -> VoiceState:
     """Rows that will not end for that many frames."""
-    state, nothing = voice.start(rows), torch.zeros(1, 1)
+    tokens = frames // LETTERS + 1
+    state, nothing = voice.start(rows), torch.zeros(tokens, 1)
     for row in range(rows):
-        voice.hear(state, row, nothing, nothing, [frames])
+        voice.hear(state, row, nothing, nothing, torch.ones(tokens, LETTERS, dtype=torch.long))
     return state
 
 

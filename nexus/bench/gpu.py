@@ -17,9 +17,9 @@ from nexus.errors import BadConfig
 from nexus.model.omni import OmniModel
 from nexus.model.voice.decoder import Decoder
 from nexus.recipe import Recipe
-from nexus.types import Batch
+from nexus.types import LETTERS, Batch
 
-LETTERS = 4  # of every token: with the clock at 1.3 it is held for 6 frames, 0.28 s
+SPELLED = 4  # letters of every token: with the clock at 1.3 it is held for 6 frames, 0.28 s
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def _reply(model: OmniModel, heat: Heat, rows: int) -> Settings:
     assert codec is not None
     tokens = torch.randint(vocabulary, (rows, heat.prompt_tokens))
     batch = Batch(tokens, tokens, torch.ones_like(tokens, dtype=torch.bool), ())
+    letters = (torch.arange(LETTERS) < SPELLED).long()[None]
     speaker, samples, first = model.speaker(rows, heat.max_seconds), [0] * rows, 0.0
     begin = time.perf_counter()
 
@@ -105,7 +106,7 @@ def _reply(model: OmniModel, heat: Heat, rows: int) -> Settings:
     for written in model.write(batch, [vocabulary], heat.reply_tokens, vocabulary):  # no row ever stops
         embeds = model.language.embed(written.tokens)
         for row in range(rows):
-            speaker.say(row, written.post[row : row + 1], embeds[row : row + 1], [LETTERS])
+            speaker.say(row, written.post[row : row + 1], embeds[row : row + 1], letters)
         speak()
     for row in range(rows):
         speaker.end(row)

@@ -139,11 +139,10 @@ class Language(nn.Module):
                 places = torch.stack([layout.pack(axis) for axis in positions.view(-1, *mask.shape)])
                 # As transformers makes masks itself: numbers to add where attention is written out, else truths.
                 eager = self.config.attention == "eager"
-                seen = layout.bias(True, embeds) if eager else layout.sees(True).to(embeds.device)
                 out = self.backbone(
                     inputs_embeds=layout.pack(embeds),
                     position_ids=places if positions.ndim == 3 else places[0],
-                    attention_mask=seen,
+                    attention_mask=layout.bias(True, embeds) if eager else layout.sees(True).to(embeds.device),
                     use_cache=False,
                 )
                 return layout.unpack(out.last_hidden_state)

@@ -82,9 +82,10 @@ class OmniModel(nn.Module):
 
     def pack(self, on: bool) -> None:
         """Whether training lays rows, and windows of sound, end to end instead of computing their padding."""
-        self.language.packing = on
-        if self.hearing is not None and hasattr(self.hearing.encoder, "packing"):
-            self.hearing.encoder.packing = on
+        organs: tuple[Any, ...] = (self.language, self.hearing.encoder if self.hearing else None)
+        for organ in organs:
+            if hasattr(organ, "packing"):
+                organ.packing = on
 
     def embeds(self, batch: Batch) -> Float[Tensor, "B T D"]:
         """Token embeddings with the media spliced in."""
