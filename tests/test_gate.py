@@ -192,8 +192,8 @@ def test_settings_are_suspected_by_what_the_stage_does() -> None:
     assert suspects("text", CARELESS, model)[0].startswith("its mixture has no rows of plain text")
     voice = CAREFUL.model_copy(update={"trainable": ("voice.*",), "mixture": {"tts": 4}})
     assert suspects("speech", voice, model) == [
-        "it trains voice.blocks, voice.codes, voice.embed, voice.embed_norm, voice.heads, voice.norm, voice.silence, "
-        "voice.start_vector, voice.state, voice.state_norm (stages.trainable)",
+        "it trains voice.blocks, voice.codes, voice.embed, voice.embed_norm, voice.heads, voice.letters, voice.norm, "
+        "voice.places, voice.silence, voice.start_vector, voice.state, voice.state_norm (stages.trainable)",
         "optim.rate 0.0003 is too high",
     ]
 
