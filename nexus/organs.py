@@ -377,7 +377,7 @@ class VoiceConfig(Strict):
         if self.spelling and (self.conditioning != "clock" or self.fusion == "codes"):
             raise ValueError(
                 f"spelling needs conditioning clock and a fusion with states, given {self.conditioning} and "
-                f"{self.fusion}; leave it out"
+                f"{self.fusion}; take spelling: false"
             )
         if self.book_weights is not None and len(self.book_weights) != self.books:
             raise ValueError(f"book_weights has {len(self.book_weights)} entries for {self.books} books")

@@ -118,6 +118,12 @@ def test_one_step_at_a_time_says_what_teacher_forcing_scores_highest(
     assert len(different) > 20, "a voice that says one thing only proves nothing"
 
 
+@pytest.mark.parametrize("switch", [{"conditioning": "hold"}, {"fusion": "codes", "source": "state"}])
+def test_letters_are_told_under_the_clock_alone(switch: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="spelling needs conditioning clock and a fusion with states"):
+        voice(spelling=True, **switch)
+
+
 @torch.no_grad()
 def test_every_switch_changes_what_is_said() -> None:
     names, text = ("conditioning", "fusion", "source", "spelling"), script([4])
