@@ -79,7 +79,8 @@ def packed(lengths: Sequence[int], longest: int, width: int, shared: int = 0) ->
 
 def _cost(length: int, width: int) -> float:
     """Of one pack: products grow with its length, attention with the square. Where a pack is twice as long as the
-    layers are wide, attention written out costs about as much as the products (measured at widths 192 and 256)."""
+    layers are wide, attention written out costs about as much as the products: an estimate, from their shares of a
+    step at width 256."""
     return length * (1 + length / (2 * width))
 
 
