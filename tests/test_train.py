@@ -179,6 +179,7 @@ def test_a_pace_leaves_no_stage_without_its_fewest_steps_or_its_decay() -> None:
     assert pace.decide(PROBE_STEPS, 1, 0.4) == 30
     assert Pace(0.0, 1).decide(PROBE_STEPS, -3, 0.4) == PROBE_STEPS + 1
     assert pace.decide(100, 20, 0.4) == 250
+    assert pace.decide(100, 20, 0.0) == 120
 
 
 def voice_run(pace: Pace, watch: Quiet, told: list[int]) -> tuple[dict[str, Tensor], list[dict[str, float]]]:

@@ -43,7 +43,7 @@ class Pace:
     def decide(self, taken: int, more: int, decay_from: float) -> int:
         """How many steps there will be, when `taken` were taken, all before the rate decays, and there is time for so
         many `more`."""
-        at_least = math.ceil(taken / decay_from) if taken > PROBE_STEPS else PROBE_STEPS + 1
+        at_least = math.ceil(taken / decay_from) if taken > PROBE_STEPS and decay_from > 0 else PROBE_STEPS + 1
         return max(self.min_steps, at_least, taken + more)
 
 
@@ -148,7 +148,8 @@ def descend(
             now = time.perf_counter()
             speed, left = (step - probe[0]) / (now - probe[1]), pace.seconds - (now - begun)
             probe = step, now
-            measured = left <= (1 - PROBE_SHARE) * pace.seconds
+            share = min(PROBE_SHARE, optim.decay_from / 2)  # known well before the rate decays
+            measured = left <= (1 - share) * pace.seconds
             # The first rank's word counts: clocks differ, the steps at which all ask do not.
             steps = pace.decide(step, int(left * speed), optim.decay_from) if measured else 0
             pace.steps = ranks.agree(steps) or None
