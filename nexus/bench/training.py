@@ -31,7 +31,7 @@ from nexus.data.stream import Budget, Lengths
 from nexus.demo.corpus import plan
 from nexus.demo.lab import Lab
 from nexus.demo.mandarin import pairs
-from nexus.demo.rows import film_row, film_words, heard_rows, picture_row, tokenizer_texts, typed_row
+from nexus.demo.rows import SILENT, film_words, heard_rows, tokenizer_texts
 from nexus.demo.spoken import speak
 from nexus.demo.world import World
 from nexus.errors import BadConfig
@@ -47,7 +47,6 @@ from nexus.train.stage import freeze
 from nexus.types import Audio, Batch, Sample, SpeechBatch, Text, Turn
 
 OPTIM = OptimConfig(rate=1e-5, warmup_steps=1)  # what is learned does not matter, but that the numbers stay numbers
-SILENT = {"text": typed_row, "picture": picture_row, "film": film_row}
 # The demo's world a tenth as large: everything its stages learn from, nothing to examine.
 WORLD = (
     "world={heard: 1200, spoken: 700, mandarin: 300, english: 150, captioned: 400, felt: 200, looked: 300,"

@@ -22,16 +22,7 @@ from nexus.data.stream import Lengths
 from nexus.demo.corpus import plan
 from nexus.demo.lab import Lab
 from nexus.demo.papers import papers
-from nexus.demo.rows import (
-    HEARD_TASKS,
-    SILENT_TASKS,
-    Heard,
-    check_mixture,
-    film_row,
-    heard_rows,
-    picture_row,
-    typed_row,
-)
+from nexus.demo.rows import HEARD_TASKS, SILENT, SILENT_TASKS, Heard, check_mixture, heard_rows
 from nexus.demo.spoken import speak
 from nexus.demo.talks import follow_up_texts, picture_question_texts
 from nexus.demo.world import World
@@ -51,7 +42,6 @@ EXAM_SETS = (
     *("test_captioned", "test_felt", "test_looked", "test_followed"),
 )
 _SCALED = ("heard", "mandarin", "english", "captioned", "felt")
-_SILENT = {"text": typed_row, "picture": picture_row, "film": film_row}
 
 
 @dataclass
@@ -201,7 +191,7 @@ class Replay:
         if task in self._lessons:
             ((turns, _),) = self._lessons[task](number)
             return turns
-        _SILENT[task](self._lab, self._lab.rng(f"replay {self._stage} {task}", number))
+        SILENT[task](self._lab, self._lab.rng(f"replay {self._stage} {task}", number))
         return self._lab.written
 
 

@@ -12,7 +12,7 @@ from nexus.demo.films import FPS, film_questions, film_talk, films
 from nexus.demo.films import render as play
 from nexus.demo.lab import Lab
 from nexus.demo.manner import EMOTIONS, MANNERS, caption, draw, emotion_answer
-from nexus.demo.phrases import Item
+from nexus.demo.phrases import FAR_SUMS, Item
 from nexus.demo.pictures import describe, picture_questions
 from nexus.demo.pictures import render as draw_picture
 from nexus.demo.talks import Dialogue
@@ -23,12 +23,12 @@ from nexus.types import Audio, Image, Text, Turn, Video
 DESCRIBE = "please describe the picture"
 COPY = TASKS["asr"].instruction
 RECALLED = 0.5  # share of what is heard after whose answer the words are asked for as well: one sound, two lessons
+SUMS = 10  # of a row that holds nothing else
 SEEN_AGAIN = 2  # typed questions that follow a spoken one about the same picture
 # Sets from which the ears learn to spell, and those told in some manner, of which they may learn that as well.
 EARS = ("heard", "mandarin", "english", "looked", "followed")
 MANNERED = ("captioned", "felt")
 HEARD_TASKS = ("asr", "chat", "s2tt", "ser", "caption", "avqa", "multiturn")
-SILENT_TASKS = ("text", "picture", "film")
 Heard = tuple[tuple[Turn, ...], str]  # the turns of a row, and the words that are heard in it as they are spelled
 
 
@@ -93,6 +93,25 @@ def film_row(lab: Lab, rng: random.Random) -> Rendered:
     film = rng.choice(lab.films)
     asks = [(item.question, item.answer) for item in film_questions(film, rng)]
     return lab.render(_about(Video(frames=play(film), fps=FPS), rng.sample(asks, len(asks))))
+
+
+def sums_row(lab: Lab, rng: random.Random) -> Rendered:
+    """Sums beyond those of the world's questions, one after the other."""
+    talk: list[Turn] = []
+    for family in rng.choices(FAR_SUMS, [family.asked for family in FAR_SUMS], k=SUMS):
+        question, answer = rng.choice(family.talk(rng.choice(family.topics)).asks)
+        talk += _turns((Text(question),), answer)
+    return lab.render(talk)
+
+
+# Task -> one row of it, for the tasks that hold no sound.
+SILENT: dict[str, Callable[[Lab, random.Random], Rendered]] = {
+    "text": typed_row,
+    "sums": sums_row,
+    "picture": picture_row,
+    "film": film_row,
+}
+SILENT_TASKS = tuple(SILENT)
 
 
 def dialogue_turns(

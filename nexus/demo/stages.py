@@ -22,7 +22,7 @@ from nexus.demo.lab import Lab
 from nexus.demo.manner import EMOTIONS, GENDERS, PACES, PITCHES
 from nexus.demo.phrases import CELLS, COLOURS, SHAPES
 from nexus.demo.pictures import Scene
-from nexus.demo.rows import EARS, MANNERED, film_row, heard_rows, picture_row, typed_row
+from nexus.demo.rows import EARS, MANNERED, SILENT, heard_rows
 from nexus.pixels import patch_rows
 from nexus.recipe import StageConfig
 from nexus.train.parallel import Ranks
@@ -82,8 +82,7 @@ def backbone_losses(lab: Lab, config: StageConfig) -> Losses:
 
 def _silent_rows(lab: Lab, config: StageConfig, rng: random.Random) -> list[Rendered]:
     """The rows of a step that hold no sound."""
-    kinds = {"text": typed_row, "picture": picture_row, "film": film_row}
-    return [draw(lab, rng) for kind, draw in kinds.items() for _ in range(config.mixture.get(kind, 0))]
+    return [draw(lab, rng) for kind, draw in SILENT.items() for _ in range(config.mixture.get(kind, 0))]
 
 
 class Ears(nn.Module):
