@@ -277,6 +277,13 @@ def test_a_recipe_without_a_world_is_no_demo(tmp_path: Path, recipe: Path, capsy
     assert not (tmp_path / "demo").exists()
 
 
+def test_a_mistyped_auxiliary_loss_is_refused(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for stage, expected in (("align", "expected some of ctc"), ("sft", "the stage has none")):
+        err = refused(capsys, recipe, tmp_path / "demo", "--set", f"stages.{stage}.auxiliary={{word: 0.3}}")
+        assert f"stages.{stage}.auxiliary: unknown loss 'word', {expected}" in err
+    assert not (tmp_path / "demo").exists()
+
+
 def test_two_at_once_are_told_apart(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "demo"
     first = subprocess.Popen(

@@ -21,7 +21,7 @@ from nexus.model.omni import OmniModel
 from nexus.recipe import OptimConfig, Recipe, StageConfig
 from nexus.train.loop import PROBE_STEPS, Pace, fit, rate_factor
 from nexus.train.stage import freeze, frozen_digest, trainable_names
-from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC, MannerNames
+from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC, MannerNames, look_for_likes
 from nexus.types import Batch, Script, SpeechBatch, Text, Turn
 
 STAGES = (*tiny_recipe().standins, *tiny_recipe().stages)
@@ -246,14 +246,39 @@ def test_spelling_is_learned_from_states_and_padding_is_not_read() -> None:
     assert torch.equal(head(noisy, lengths, texts), head(states, lengths, texts))
 
 
-def test_cells_are_named_from_tokens() -> None:
+def test_tokens_come_to_lie_beside_the_words_for_what_they_show() -> None:
+    torch.manual_seed(0)
+    names = [torch.randn(3, 32), 0.1 * torch.randn(2, 32)]
     labels = torch.tensor([[0, 1], [2, 0], [1, 1], [2, 1]])
-    tokens = 2.8 * torch.eye(4, 32)
-    head, watch = CellNames(32, (3, 2)), Quiet()
+    tokens, head, watch = nn.Parameter(torch.randn(4, 32)), CellNames(names), Quiet()
     losses = lambda step: {"loss": head(tokens, labels)}  # noqa: E731
-    optim = OptimConfig(rate=0.5, warmup_steps=5)
-    fit(dict(head.named_parameters()), optim, losses, Pace(1.0, 1, steps=40), watch, bf16=False)
+    learned = {"tokens": tokens, **dict(head.named_parameters())}
+    fit(learned, OptimConfig(rate=0.1, warmup_steps=5), losses, Pace(1.0, 1, steps=60), watch, bf16=False)
     assert watch.seen[-1] < 0.1 < watch.seen[0]
+    for known, right in zip(names, labels.T, strict=True):
+        likeness = nn.functional.cosine_similarity(tokens[:, None], known[None], dim=-1)
+        assert torch.equal(likeness.argmax(1), right)
+    assert torch.allclose(head(5 * tokens, labels), head(tokens, labels))  # whatever a token's length
+
+
+def test_every_second_head_begins_by_looking_for_what_is_like_the_token_that_looks() -> None:
+    torch.manual_seed(0)
+    model = tiny_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    look_for_likes(model)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert {name.rpartition(".layers.")[0] for name in changed} == {"language.backbone", "hearing.encoder"}
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "query"}
+
+    config, seen = model.config.language, torch.eye(model.config.language.width)
+    attention = model.language.backbone.layers[0].self_attn
+    width, shared = config.width // config.heads, config.heads // config.kv_heads
+    queries = (seen @ attention.q_proj.weight.T).view(len(seen), config.heads, width)
+    keys = (seen @ attention.k_proj.weight.T).view(len(seen), config.kv_heads, width)
+    for head in range(config.heads):
+        likes = queries[:, head] @ keys[:, head // shared].T
+        assert torch.equal(likes, likes.T) is (head % 2 == 0)
+        assert bool((likes.diagonal() > 0).all()) is (head % 2 == 0)
 
 
 def test_manners_are_named_from_states_and_only_what_is_asked_for_counts() -> None:
@@ -281,7 +306,7 @@ def test_heads_of_stage_nought_train_the_organ_and_are_not_in_the_model(tmp_path
     assert model.hearing is not None and model.vision is not None
     batch = question()
     assert batch.sound is not None and batch.sight is not None
-    ctc, cells = CharacterCTC(32), CellNames(32, (5, 5))
+    ctc, cells = CharacterCTC(32), CellNames([torch.randn(5, 32)] * 2)
     frames = torch.tensor([model.hearing.config.encoder.frames_for(int(n)) for n in batch.sound.lengths])
     loss = ctc(model.hearing.encode(batch.sound), frames, ["red"])
     (loss + cells(model.vision(batch.sight).embeds, torch.zeros(9, 2, dtype=torch.long))).backward()

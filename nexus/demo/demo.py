@@ -39,7 +39,7 @@ from nexus.respond import OmniResponder
 from nexus.results import write_json
 from nexus.train.parallel import Ranks
 from nexus.train.stage import trainable_names
-from nexus.train.standins import CharacterCTC
+from nexus.train.standins import CharacterCTC, look_for_likes
 
 UNTRAINED_ITEMS = 60  # of each paper: it has nothing to say
 UNTRAINED_TOKENS, UNTRAINED_SECONDS = 6, 0.5  # an untrained model never stops by itself; its noise need not be long
@@ -52,6 +52,7 @@ TASKS_OF = {  # what may stand in the mixtures
     "sft": (*HEARD_TASKS, *SILENT_TASKS),
     "speak": ("tts", "s2s"),
 }
+AUXILIARY_OF = {"ears": ("manner",), "align": ("ctc",)}  # losses that may stand in `auxiliary`
 TOKENIZER_SENTENCES, TOKENIZER_PAIRS = 20_000, 6_000
 QUANTISER_SOUNDS = 1500
 FIRST_SOUNDS = 20
@@ -106,10 +107,19 @@ def _check(recipe: Recipe) -> None:
     for stage in (*recipe.standins, *recipe.stages):
         trainable_names(model, stage.trainable)
         check_mixture(stage.name, stage.mixture, TASKS_OF[stage.name], world)
+        _check_auxiliary(stage)
     Espeak().phonemes("one", Voice(world.target_voice, world.target_rate_wpm))
     plan(World(world.seed), world)
     if world.noise is not None:
         around_of(world.noise)
+
+
+def _check_auxiliary(stage: StageConfig) -> None:
+    known = AUXILIARY_OF.get(stage.name, ())
+    for name in stage.auxiliary:
+        if name not in known:
+            expected = f"expected some of {', '.join(known)}" if known else "the stage has none"
+            raise BadConfig(f"stages.{stage.name}.auxiliary: unknown loss {name!r}, {expected}; rename or remove it")
 
 
 def reopened(out: Path) -> Lab:
@@ -153,7 +163,9 @@ def _prepare(run: Run) -> Lab:
             texts = tokenizer_texts([*world.all_sentences_for_lm(TOKENIZER_SENTENCES), *told], chinese)
             ChatTokenizer.train(recipe.tokenizer, texts, recipe.model.language.vocab_size).save(path)
         torch.manual_seed(config.seed)
-        return Lab(recipe, world, plans, waves, ChatTokenizer.load(path), OmniModel(recipe.model).eval())
+        model = OmniModel(recipe.model).eval()
+        look_for_likes(model)
+        return Lab(recipe, world, plans, waves, ChatTokenizer.load(path), model)
 
 
 def _untrained(run: Run, lab: Lab, exam: Exam) -> Answers:

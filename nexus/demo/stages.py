@@ -32,6 +32,7 @@ from nexus.types import Audio, Sight, Turn
 Losses = Callable[[int], dict[str, Tensor]]
 CROP_SECONDS = 1.1
 PREPARED_ROWS = 64
+EMPTY = "nothing"  # what is in a cell without a shape
 MASK_FROM_STEP = 150  # spectrum masking starts once the first words are heard
 MANNER_VALUES: tuple[tuple[str | bool, ...], ...] = (EMOTIONS, GENDERS, PITCHES, PACES, (False, True))  # noisy
 
@@ -60,7 +61,7 @@ def sight_losses(lab: Lab, config: StageConfig) -> tuple[Losses, nn.Module]:
     """Stand-in vision tower, first part: what lies in each cell. Its heads stay here."""
     vision = lab.model.vision
     assert vision is not None
-    heads = CellNames(lab.model.config.language.width, (len(SHAPES) + 1, len(COLOURS) + 1, len(CELLS)))
+    heads = CellNames([_embedded(lab, names) for names in ((EMPTY, *SHAPES), (EMPTY, *COLOURS), CELLS)])
     labels = torch.tensor([_cells(scene) for scene in lab.scenes])  # [N, 9, 3]
 
     def losses(step: int) -> dict[str, Tensor]:
@@ -229,6 +230,12 @@ def _cells(scene: Scene) -> list[tuple[int, int, int]]:
     for thing in scene.things:
         cells[thing.cell] = (SHAPES.index(thing.shape) + 1, COLOURS.index(thing.colour) + 1, thing.cell)
     return cells
+
+
+def _embedded(lab: Lab, names: Sequence[str]) -> Tensor:
+    """The language model's embeddings [C, D] of names; of several tokens their mean."""
+    tokens = [torch.tensor(lab.tokenizer.encode(name)) for name in names]
+    return torch.stack([lab.model.language.embed(name).mean(0) for name in tokens])
 
 
 def _sight(lab: Lab, chosen: Sequence[int]) -> Sight:

@@ -1,13 +1,18 @@
-"""Stage 0: auxiliary heads that train stand-ins for published checkpoints. They live here, not in the model, and are
-absent from every saved model."""
+"""Stage 0: how stand-ins for published checkpoints begin, and the auxiliary heads that train them and help in stage 1.
+The heads live here, not in the model, and are absent from every saved model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nexus.model.layers import Block
+from nexus.model.omni import OmniModel
+
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz' "
+LIKING = 1.5  # by what the language model's keys are scaled
 
 
 class CharacterCTC(nn.Module):
@@ -68,16 +73,52 @@ class MannerNames(nn.Module):
 
 
 class CellNames(nn.Module):
-    """What lies in each cell of a picture, from the vision tower's merged tokens: one classifier per attribute.
+    """What lies in each cell of a picture, from the vision tower's merged tokens: for every attribute the name they
+    come closest to, among the language model's own embeddings of those names.
 
-    It gives the vision tower what Qwen2.5-VL's pretraining gives the published one: tokens that know what they see.
+    It gives the vision tower what contrastive pretraining (CLIP, Radford et al. 2021) gave the published one: tokens
+    that lie beside the words for what they show. A classifier of its own would name them as well, in a space of which
+    the language model knows nothing.
     """
 
-    def __init__(self, width: int, classes: Sequence[int]) -> None:
+    def __init__(self, names: Sequence[Float[Tensor, "_ D"]]) -> None:
+        """`names`: the embeddings of one attribute's names each."""
         super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(width, n) for n in classes)
+        self.names = [nn.functional.normalize(known.detach(), dim=-1) for known in names]
+        self.sharpness = nn.Parameter(torch.full((len(names),), 3.0))  # logarithms of the cosines' factors
 
     def forward(self, tokens: Float[Tensor, "M D"], labels: Int[Tensor, "M A"]) -> Float[Tensor, ""]:
         """Mean cross entropy over attributes."""
-        losses = [nn.functional.cross_entropy(head(tokens).float(), labels[:, a]) for a, head in enumerate(self.heads)]
-        return torch.stack(losses).mean()
+        seen = nn.functional.normalize(tokens.float(), dim=-1)
+        scores = [
+            sharpness.exp() * (seen @ known.T) for sharpness, known in zip(self.sharpness, self.names, strict=True)
+        ]
+        return torch.stack([nn.functional.cross_entropy(s, labels[:, a]) for a, s in enumerate(scores)]).mean()
+
+
+@torch.no_grad()
+def look_for_likes(model: OmniModel) -> None:
+    """Let every second head of attention begin by looking for what is like the token that looks: its queries start as
+    its keys. The other heads stay random, free for what is found by its place.
+
+    It gives language model and audio encoder a start that pretraining gave the published ones, in whose weights the
+    likeness was found (mimetic initialisation, Trockman and Kolter 2023). Copying a word, and finding in a picture
+    what a word names, are learned in a fraction of the steps.
+    """
+    config = model.config.language
+    for layer in model.language.backbone.layers:
+        attention: Any = layer.self_attn
+        _look_for_likes(attention.q_proj.weight, attention.k_proj.weight, config.width // config.heads, LIKING)
+    layers = [] if model.hearing is None else model.hearing.encoder.modules()
+    for block in layers:
+        if isinstance(block, Block):
+            _look_for_likes(block.query.weight, block.key.weight, block.config.width // block.config.heads, 1.0)
+
+
+def _look_for_likes(queries: Float[Tensor, "q D"], keys: Float[Tensor, "k D"], head_width: int, factor: float) -> None:
+    """Keys times `factor`, and every second head's queries equal to the keys they are compared with."""
+    keys *= factor
+    shared = len(queries) // len(keys)  # heads of queries per head of keys
+    for head, rows in enumerate(queries.split(head_width)):
+        if head % 2 == 0:
+            rows.copy_(keys.split(head_width)[head // shared])
