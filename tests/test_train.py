@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from nexus.model.omni import OmniModel
 from nexus.recipe import OptimConfig, Recipe, StageConfig
 from nexus.train.loop import PROBE_STEPS, Pace, fit, rate_factor
 from nexus.train.stage import freeze, frozen_digest, trainable_names
-from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC, MannerNames, look_for_likes
+from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC, MannerNames, look_back, look_for_likes
 from nexus.types import Batch, Script, SpeechBatch, Text, Turn
 
 STAGES = (*tiny_recipe().standins, *tiny_recipe().stages)
@@ -279,6 +280,33 @@ def test_every_second_head_begins_by_looking_for_what_is_like_the_token_that_loo
         likes = queries[:, head] @ keys[:, head // shared].T
         assert torch.equal(likes, likes.T) is (head % 2 == 0)
         assert bool((likes.diagonal() > 0).all()) is (head % 2 == 0)
+
+
+def test_the_last_heads_of_the_first_layer_begin_by_looking_one_and_two_tokens_back() -> None:
+    torch.manual_seed(0)
+    language = (
+        "{vocab_size: 400, width: 256, layers: 2, heads: 4, kv_heads: 2, ffn_width: 64, mrope_section: [8, 12, 12]}"
+    )
+    model = tiny_model(0, f"model.language={language}")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    look_back(model)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    first = "language.backbone.layers.0.self_attn."
+    assert changed == {first + name for name in ("q_proj.weight", "q_proj.bias", "k_proj.bias")}
+
+    looks: list[Tensor] = []
+    backbone: Any = model.language.backbone
+    backbone.config._attn_implementation = "eager"
+    backbone.layers[0].self_attn.register_forward_hook(lambda module, args, out: looks.append(out[1]))
+    with torch.no_grad():
+        backbone(inputs_embeds=torch.randn(1, 40, model.config.language.width))
+    ((weights,),) = looks  # [heads, to, from]
+    config = model.config.language
+    for distance, head in enumerate(range(config.heads - config.heads // config.kv_heads, config.heads), start=1):
+        seen = weights[head].diagonal(-distance)
+        assert float(seen[distance:].min()) > 0.5, (head, distance)
+    for head in range(config.heads // config.kv_heads):
+        assert float(weights[head].diagonal(-1).mean()) < 0.3
 
 
 def test_manners_are_named_from_states_and_only_what_is_asked_for_counts() -> None:

@@ -39,7 +39,7 @@ from nexus.respond import OmniResponder
 from nexus.results import write_json
 from nexus.train.parallel import Ranks
 from nexus.train.stage import trainable_names
-from nexus.train.standins import CharacterCTC, look_for_likes
+from nexus.train.standins import CharacterCTC, look_back, look_for_likes
 
 UNTRAINED_ITEMS = 60  # of each paper: it has nothing to say
 UNTRAINED_TOKENS, UNTRAINED_SECONDS = 6, 0.5  # an untrained model never stops by itself; its noise need not be long
@@ -165,6 +165,7 @@ def _prepare(run: Run) -> Lab:
         torch.manual_seed(config.seed)
         model = OmniModel(recipe.model).eval()
         look_for_likes(model)
+        look_back(model)
         return Lab(recipe, world, plans, waves, ChatTokenizer.load(path), model)
 
 
