@@ -166,7 +166,7 @@ def _pool(heat: Heat, lab: Lab, name: str) -> list[Rendered]:
     mixture, rng = lab.recipe.stage(name).mixture, random.Random(name)
     heard, rows, step = heard_rows(lab, mixture, name), list[Rendered](), 0
     while len(rows) < heat.rows:
-        rows += [lab.render(turns) for turns, _ in heard(step)]
+        rows += [lab.render(row.turns) for row in heard(step)]
         rows += [draw(lab, rng) for task, draw in SILENT.items() for _ in range(mixture.get(task, 0))]
         step += 1
     return rng.sample(rows, heat.rows)

@@ -189,7 +189,7 @@ class Replay:
 
     def _turns(self, task: str, number: int) -> tuple[Turn, ...]:
         if task in self._lessons:
-            ((turns, _),) = self._lessons[task](number)
+            ((turns, _, _),) = self._lessons[task](number)
             return turns
         SILENT[task](self._lab, self._lab.rng(f"replay {self._stage} {task}", number))
         return self._lab.written

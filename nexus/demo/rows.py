@@ -5,6 +5,7 @@ Every draw is made by the random numbers it is given; what is heard comes in len
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from nexus.data.chat import SYSTEM, TASKS, Rendered, task_turns
 from nexus.data.stream import Buckets
@@ -15,7 +16,7 @@ from nexus.demo.manner import EMOTIONS, MANNERS, caption, draw, emotion_answer
 from nexus.demo.phrases import FAR_SUMS, Item
 from nexus.demo.pictures import describe, picture_questions
 from nexus.demo.pictures import render as draw_picture
-from nexus.demo.talks import Dialogue
+from nexus.demo.talks import Dialogue, further_asks, told_many
 from nexus.errors import BadConfig
 from nexus.recipe import WorldConfig
 from nexus.types import Audio, Image, Text, Turn, Video
@@ -24,12 +25,20 @@ DESCRIBE = "please describe the picture"
 COPY = TASKS["asr"].instruction
 RECALLED = 0.5  # share of what is heard after whose answer the words are asked for as well: one sound, two lessons
 SUMS = 10  # of a row that holds nothing else
+ASKED_ALOUD = {"exists": 2}  # as often as the others: two words must be heard and found at one place
 SEEN_AGAIN = 2  # typed questions that follow a spoken one about the same picture
 # Sets from which the ears learn to spell, and those told in some manner, of which they may learn that as well.
 EARS = ("heard", "mandarin", "english", "looked", "followed")
 MANNERED = ("captioned", "felt")
 HEARD_TASKS = ("asr", "chat", "s2tt", "ser", "caption", "avqa", "multiturn")
-Heard = tuple[tuple[Turn, ...], str]  # the turns of a row, and the words that are heard in it as they are spelled
+
+
+class Heard(NamedTuple):
+    """A row with a sound: its turns, the words that are heard in it, and how an ear that spells writes them down."""
+
+    turns: tuple[Turn, ...]
+    words: str
+    spelled: str
 
 
 def tokenizer_texts(lab_sentences: Sequence[str], chinese: Sequence[str], instructions: int = 50) -> list[str]:
@@ -39,9 +48,7 @@ def tokenizer_texts(lab_sentences: Sequence[str], chinese: Sequence[str], instru
 
 
 def typed_row(lab: Lab, rng: random.Random, turns: int = 3) -> Rendered:
-    """A typed conversation of several matters, or one of `dialogue_row`'s in writing."""
-    if lab.config.followed and rng.random() < 0.2:
-        return lab.render(dialogue_turns(lab, rng.choice(lab.dialogues), rng, aloud=False)[0])
+    """A typed conversation of several matters."""
     talk: list[Turn] = []
     for _ in range(turns):
         talk += _typed(lab, rng)
@@ -79,6 +86,18 @@ def _typed(lab: Lab, rng: random.Random) -> tuple[Turn, Turn]:
             return _turns((Text(words), Text(TASKS["caption"].instruction)), caption(manner))
 
 
+def dialogue_row(lab: Lab, rng: random.Random) -> Rendered:
+    """A conversation in writing that needs more than its last sentence, and goes on."""
+    dialogue = rng.choice(lab.dialogues)
+    if dialogue.kind == "told" and rng.random() < 0.5:
+        return lab.render([turn for asked, said in told_many(lab.world, rng) for turn in _turns((Text(asked),), said)])
+    return lab.render((*dialogue_turns(lab, dialogue, rng, aloud=False)[0], *_further(dialogue, rng)))
+
+
+def _further(dialogue: Dialogue, rng: random.Random) -> list[Turn]:
+    return [turn for asked, told in further_asks(dialogue, rng) for turn in _turns((Text(asked),), told)]
+
+
 def picture_row(lab: Lab, rng: random.Random, turns: int = 4) -> Rendered:
     """A talk about one picture: some of its questions, sometimes its description, in any order."""
     index = rng.randrange(len(lab.scenes))
@@ -107,6 +126,7 @@ def sums_row(lab: Lab, rng: random.Random) -> Rendered:
 # Task -> one row of it, for the tasks that hold no sound.
 SILENT: dict[str, Callable[[Lab, random.Random], Rendered]] = {
     "text": typed_row,
+    "dialogue": dialogue_row,
     "sums": sums_row,
     "picture": picture_row,
     "film": film_row,
@@ -135,6 +155,7 @@ MADE_OF = {  # task -> the numbers of the world of which at least one must not b
     "ser": ("felt",),
     "avqa": ("looked",),
     "multiturn": ("followed",),
+    "dialogue": ("followed",),
     "film": ("films",),
 }
 
@@ -180,10 +201,10 @@ def _lesson(lab: Lab, task: str, rows: int, stage: str) -> Callable[[int], list[
         rng = lab.rng(f"{stage} {task} recalled", step)
         rows = []
         for name, i in chosen:
-            turns = heard_turns(lab, task, name, i)
+            turns, words = heard_turns(lab, task, name, i), lab.plan.sets[name][i].text
             if task != "asr" and rng.random() < RECALLED:
-                turns += _turns((Text(COPY),), lab.plan.sets[name][i].text)
-            rows.append((turns, lab.spelling[name][i]))
+                turns += _turns((Text(COPY),), words)
+            rows.append(Heard(turns, words, lab.spelling[name][i]))
         return rows
 
     return bucket
@@ -229,15 +250,17 @@ def heard_turns(lab: Lab, task: str, name: str, i: int) -> tuple[Turn, ...]:
 def _talk_about_picture(lab: Lab, rng: random.Random) -> Heard:
     """A picture and a spoken question about it, then sometimes its words, and typed questions about the picture."""
     index = rng.randrange(len(lab.scenes))
-    heard = [ask for ask in picture_questions(lab.scenes[index], rng) if ask.question in lab.recordings["looked"]]
-    item, *more = rng.sample(heard, min(len(heard), 1 + SEEN_AGAIN))
+    asks = picture_questions(lab.scenes[index], rng)
+    heard = [ask for ask in asks if ask.question in lab.recordings["looked"]]
+    (item,) = rng.choices(heard, [ASKED_ALOUD.get(ask.family, 1) for ask in heard])
+    more = rng.sample([ask for ask in asks if ask != item], SEEN_AGAIN)
     question = lab.waves["looked"][rng.choice(lab.recordings["looked"][item.question])]
     talk = seen_and_heard(Image(pixels=lab.pictures[index]), question, item)
     if rng.random() < RECALLED:
         talk += _turns((Text(COPY),), item.question)
     for other in more:
         talk += _turns((Text(other.question),), other.answer)
-    return talk, item.question
+    return Heard(talk, item.question, item.question)
 
 
 def seen_and_heard(picture: Image, question: Audio, item: Item) -> tuple[Turn, ...]:
@@ -246,7 +269,9 @@ def seen_and_heard(picture: Image, question: Audio, item: Item) -> tuple[Turn, .
 
 
 def _follow_up(lab: Lab, rng: random.Random) -> Heard:
-    return dialogue_turns(lab, rng.choice(lab.asked_aloud), rng, aloud=True)
+    dialogue = rng.choice(lab.asked_aloud)
+    turns, words = dialogue_turns(lab, dialogue, rng, aloud=True)
+    return Heard((*turns, *_further(dialogue, rng)), words, words)
 
 
 def film_words() -> list[str]:

@@ -141,14 +141,14 @@ def align_losses(lab: Lab, config: StageConfig, head: CharacterCTC) -> Losses:
 
     def losses(step: int) -> dict[str, Tensor]:
         heard = heard_at(step)
-        batch = lab.batch([lab.render(turns) for turns, _ in heard])
+        batch = lab.batch([lab.render(row.turns) for row in heard])
         assert batch.sound is not None and lab.model.hearing is not None
         if step >= MASK_FROM_STEP:
             _mask_spectrum(batch.sound.mel, batch.sound.lengths, lab.rng("mask align", step))
         with _watched(lab.model.hearing.encoder) as states:
             text = lab.model(batch)["text"]
         frames = torch.tensor([lab.model.hearing.config.encoder.frames_for(int(n)) for n in batch.sound.lengths])
-        ctc = head(states[0], frames, [spelled for _, spelled in heard])
+        ctc = head(states[0], frames, [row.spelled for row in heard])
         return {"loss": text + weight * ctc, "text": text, "ctc": ctc}
 
     return losses
@@ -159,7 +159,7 @@ def sft_losses(lab: Lab, config: StageConfig) -> Losses:
     heard_at = heard_rows(lab, config.mixture, "sft")
 
     def losses(step: int) -> dict[str, Tensor]:
-        audio = lab.batch([lab.render(turns) for turns, _ in heard_at(step)])
+        audio = lab.batch([lab.render(row.turns) for row in heard_at(step)])
         rest = lab.batch(_silent_rows(lab, config, lab.rng("sft", step)))
         heard, kept = lab.model(audio)["text"], lab.model(rest)["text"]
         share = len(audio.tokens) / (len(audio.tokens) + len(rest.tokens))

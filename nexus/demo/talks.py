@@ -19,7 +19,15 @@ from itertools import combinations_with_replacement, cycle, islice, product
 from typing import Literal
 
 from nexus.demo.phrases import CELLS, COLOURS, FAMILIES, ROOMS, SHAPES, Family, Item, Topic, key_of, number_words
-from nexus.demo.pictures import Scene, Thing, count_questions, existence_questions, picture_talk, questions_about
+from nexus.demo.pictures import (
+    Scene,
+    Thing,
+    count_questions,
+    existence_questions,
+    picture_questions,
+    picture_talk,
+    questions_about,
+)
 from nexus.demo.world import SPLITS, Split, World
 from nexus.errors import BadConfig
 
@@ -39,6 +47,7 @@ _FACT_ASKS = ("and of {0}", "and what of {0}")
 _OTHER_ASKS = ("and the {0}", "and what of the {0}")
 _CHECK_ASKS = ("is {0} the {1} of {2}", "is it true that {0} is the {1} of {2}")
 _MAX_STEP = 12  # of larger ones too few differences are left that end at 0 or above
+FURTHER = 3  # questions after the last one of a training dialogue: as many lessons for what was told once
 MAX_TEST_DIALOGUES = 2_000  # a quarter of each kind; a world has some thousands of the rarest, "sum"
 
 
@@ -184,9 +193,10 @@ def _balanced(texts: Sequence[str], n: int, rng: random.Random) -> list[str]:
 class Dialogue:
     """A conversation whose last question, the spoken one, cannot be answered without what was said before.
 
-    `turns` are the typed (question, answer) before it, one or two; `scene` is the picture of the first, if any. `key`
-    names what is held out. Kinds: "told", where a thing is and what it is like; "sum", the next step of a calculation;
-    "fact", the same about another country or word; "picture", more about a picture.
+    `turns` are the typed (question, answer) before it, one or two; `scene` is the picture of the first, if any; `about`
+    the commands that were told or the facts that were asked. `key` names what is held out. Kinds: "told", where a
+    thing is and what it is like; "sum", the next step of a calculation; "fact", the same about another country or
+    word; "picture", more about a picture.
     """
 
     kind: Kind
@@ -195,6 +205,7 @@ class Dialogue:
     question: str
     answer: str
     scene: Scene | None = None
+    about: tuple[Topic, ...] = ()
 
 
 _Pair = tuple[Dialogue, Dialogue]
@@ -256,21 +267,26 @@ def _told(world: World, split: Split, rng: random.Random) -> _Pair:
 
     def draw() -> Dialogue:
         told = [rng.choice(meant)]
-        _, colour, thing, room = told[0]
         if by_name:
             told.append(rng.choice([topic for topic in topics if all(map(operator.ne, topic[1:], told[0][1:]))]))
-        answers = {
-            _WHERE_ASKS: f"the {thing} is in the {room}",
-            _COLOUR_ASKS: f"the {thing} is {colour}",
-            _CONTENT_ASKS: f"the {colour} {thing} is in the {room}",
-        }
+        answers = _told_of(told[0])
         rng.shuffle(told)
         items = [rng.choice(world.items(_FAMILIES["command"], topic, split)) for topic in told]
         turns = tuple((item.question, item.answer) for item in items)
         key = "|".join(("told", *(str(value) for topic in told for value in topic[1:])))
-        return Dialogue("told", key, turns, question, answers[asks])
+        return Dialogue("told", key, turns, question, answers[asks], about=tuple(told))
 
     return draw(), draw()
+
+
+def _told_of(topic: Topic) -> dict[tuple[str, ...], str]:
+    """What can be asked of a command, with its answers."""
+    _, colour, thing, room = topic
+    return {
+        _WHERE_ASKS: f"the {thing} is in the {room}",
+        _COLOUR_ASKS: f"the {thing} is {colour}",
+        _CONTENT_ASKS: f"the {colour} {thing} is in the {room}",
+    }
 
 
 @functools.lru_cache(maxsize=4)
@@ -328,7 +344,8 @@ def _fact(world: World, rng: random.Random) -> _Pair:
         if wanted == "fact":
             item = rng.choice(world.items(family, before, "train"))
             key, turn = f"fact|{key_of(family, before)}|{subject}", (item.question, item.answer)
-            return Dialogue("fact", key, (turn,), question, family.talk((subject, right_value)).asks[0][1])
+            answer = family.talk((subject, right_value)).asks[0][1]
+            return Dialogue("fact", key, (turn,), question, answer, about=(before, (subject, right_value)))
         value = right_value
         if wanted == "no":
             wrong = [topic[1] for topic in others if not set(topic) & set(before)]
@@ -336,7 +353,8 @@ def _fact(world: World, rng: random.Random) -> _Pair:
         ask = rng.choice(_CHECK_ASKS).format(value, family.name, before[0])
         turn = (ask, _check(value, family, before))
         answer = _check(value, family, (subject, right_value))
-        return Dialogue("fact", f"check|{family.name}|{value}|{before[0]}|{subject}", (turn,), question, answer)
+        key = f"check|{family.name}|{value}|{before[0]}|{subject}"
+        return Dialogue("fact", key, (turn,), question, answer, about=(before, (subject, right_value)))
 
     one, other = rng.sample(("fact", "yes", "no"), 2)
     return draw(one), draw(other)
@@ -369,6 +387,56 @@ def _picture(scenes: Iterator[Scene], rng: random.Random) -> _Pair:
     names, wanted = (("colour", "shape"), "position") if asks == _WHERE_ASKS else (("position",), "colour")
     first, second = (draw(rng.choice(names), thing, questions_about(thing)[wanted][0][1]) for thing in (one, other))
     return first, second
+
+
+def further_asks(dialogue: Dialogue, rng: random.Random) -> list[tuple[str, str]]:
+    """Up to FURTHER more questions with which a conversation may go on, and their answers.
+
+    Of two things told of, what else can be asked; of facts, whether some are true, every other time; of a picture, its
+    questions. After sums and after one thing told of, nothing: what is left to ask there is no harder than what was.
+    """
+    match dialogue.kind:
+        case "told" if len(dialogue.about) > 1:
+            left = [ask for ask in _all_told(dialogue.about, rng) if ask[1] != dialogue.answer]
+            return rng.sample(left, FURTHER)
+        case "fact":
+            family = next(_FAMILIES[n] for n in ("capital", "opposite") if dialogue.about[0] in _FAMILIES[n].topics)
+            return [_checked(family, rng) for _ in range(FURTHER)]
+        case "picture" if dialogue.scene:
+            asks = [(item.question, item.answer) for item in picture_questions(dialogue.scene, rng)]
+            return rng.sample([ask for ask in asks if ask not in dialogue.turns], FURTHER)
+    return []
+
+
+def told_many(world: World, rng: random.Random, things: int = 4, asks: int = 8) -> list[tuple[str, str]]:
+    """A training conversation in which several things are told of, no word of them twice, and much is asked after.
+
+    Of two things half of all guesses are right; of four it pays to look up which was meant.
+    """
+    topics, told = _tellable(world, "train"), list[Topic]()
+    while len(told) < things:
+        topic = rng.choice(topics)
+        if all(map(operator.ne, (value for other in told for value in other[1:]), cycle(topic[1:]))):
+            told.append(topic)
+    items = [rng.choice(world.items(_FAMILIES["command"], topic, "train")) for topic in told]
+    return [*((item.question, item.answer) for item in items), *rng.sample(_all_told(told, rng), asks)]
+
+
+def _all_told(told: Sequence[Topic], rng: random.Random) -> list[tuple[str, str]]:
+    """One wording of all that can be asked of things told of, no two of which share a word."""
+    return [
+        (rng.choice(asks).format(f"the {topic[3 if asks == _CONTENT_ASKS else 2]}"), answer)
+        for topic in told
+        for asks, answer in _told_of(topic).items()
+    ]
+
+
+def _checked(family: Family, rng: random.Random) -> tuple[str, str]:
+    """Whether a fact is true, which it is every other time."""
+    fact = rng.choice(family.topics)
+    wrong = [topic[1] for topic in family.topics if not set(topic) & set(fact)]
+    value = fact[1] if rng.random() < 0.5 else rng.choice(wrong)
+    return rng.choice(_CHECK_ASKS).format(value, family.name, fact[0]), _check(value, family, fact)
 
 
 def follow_up_texts() -> list[str]:
