@@ -278,7 +278,7 @@ def test_a_recipe_without_a_world_is_no_demo(tmp_path: Path, recipe: Path, capsy
 
 
 def test_a_mistyped_auxiliary_loss_is_refused(tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for stage, expected in (("align", "expected some of ctc"), ("sft", "the stage has none")):
+    for stage, expected in (("align", "expected some of ctc, words"), ("sft", "the stage has none")):
         err = refused(capsys, recipe, tmp_path / "demo", "--set", f"stages.{stage}.auxiliary={{word: 0.3}}")
         assert f"stages.{stage}.auxiliary: unknown loss 'word', {expected}" in err
     assert not (tmp_path / "demo").exists()

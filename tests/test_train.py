@@ -22,7 +22,7 @@ from nexus.model.omni import OmniModel
 from nexus.recipe import OptimConfig, Recipe, StageConfig
 from nexus.train.loop import PROBE_STEPS, Pace, fit, rate_factor
 from nexus.train.stage import freeze, frozen_digest, trainable_names
-from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC, MannerNames, look_back, look_for_likes
+from nexus.train.standins import CHARACTERS, CellNames, CharacterCTC, MannerNames, WordCTC, look_back, look_for_likes
 from nexus.types import Batch, Script, SpeechBatch, Text, Turn
 
 STAGES = (*tiny_recipe().standins, *tiny_recipe().stages)
@@ -341,3 +341,20 @@ def test_heads_of_stage_nought_train_the_organ_and_are_not_in_the_model(tmp_path
     assert all(p.grad is not None for p in (*model.hearing.encoder.parameters(), *model.vision.parameters()))
     save_model(tmp_path, model, {})
     assert set(model.state_dict()) == names == set(load_file(tmp_path / "model.safetensors"))
+
+
+def test_sounds_come_to_lie_beside_the_words_heard_in_them() -> None:
+    torch.manual_seed(0)
+    head, watch = WordCTC(torch.randn(9, 32)), Quiet()
+    embeds, lengths, texts = nn.Parameter(torch.randn(5 + 6, 32)), [5, 6], [[3, 7], [1, 1, 8]]
+    losses = lambda step: {"loss": head(embeds, lengths, texts)}  # noqa: E731
+    learned = {"embeds": embeds, **dict(head.named_parameters())}
+    fit(learned, OptimConfig(rate=0.1, warmup_steps=5), losses, Pace(1.0, 1, steps=80), watch, bf16=False)
+    assert watch.seen[-1] < 0.1 < watch.seen[0]
+    classes = torch.cat([nn.functional.normalize(head.blank, dim=-1), head.known])
+    nearest = (embeds @ classes.T).argmax(1).split(lengths)
+    assert [[int(i) - 1 for i in torch.unique_consecutive(row) if i] for row in nearest] == texts
+    alone = head(embeds[:5], lengths[:1], texts[:1])  # neither the other sound nor its padding changes a row
+    both = head(embeds, lengths, texts)
+    assert torch.allclose(2 * both, alone + head(embeds[5:], lengths[1:], texts[1:]), atol=1e-6)
+    assert not head(embeds[:1], [1], [[3, 7]]).detach()  # two words in one embedding: nothing can be learned

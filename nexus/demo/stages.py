@@ -26,7 +26,7 @@ from nexus.demo.rows import EARS, MANNERED, SILENT, heard_rows
 from nexus.pixels import patch_rows
 from nexus.recipe import StageConfig
 from nexus.train.parallel import Ranks
-from nexus.train.standins import CellNames, CharacterCTC, MannerNames
+from nexus.train.standins import CellNames, CharacterCTC, MannerNames, WordCTC
 from nexus.types import Audio, Sight, Turn
 
 Losses = Callable[[int], dict[str, Tensor]]
@@ -134,24 +134,41 @@ def _manner_labels(lab: Lab, name: str, place: int) -> tuple[int, ...]:
     return (-1,) * len(MANNER_VALUES)
 
 
-def align_losses(lab: Lab, config: StageConfig, head: CharacterCTC) -> Losses:
-    """Stage 1: all that is heard, language frozen; a little CTC keeps the encoder's spelling."""
-    heard_at = heard_rows(lab, config.mixture, "align")
-    weight = config.auxiliary.get("ctc", 0.0)
+class Readers(nn.Module):
+    """The heads of stage 1, which say what was heard: by its letters, from the encoder's states, and by its words, from
+    the adapter's embeddings. The first is the ears' own."""
+
+    def __init__(self, lab: Lab, spelling: CharacterCTC) -> None:
+        super().__init__()
+        torch.manual_seed(lab.seed("align head"))
+        self.spelling, self.words = spelling, WordCTC(lab.model.language.embed(torch.arange(lab.tokenizer.size)))
+
+
+def align_losses(lab: Lab, config: StageConfig, spelling: CharacterCTC) -> tuple[Losses, Readers]:
+    """Stage 1: all that is heard, language frozen. A little CTC keeps the encoder's spelling, and shows the adapter
+    where the language model has the words."""
+    heard_at, heads = heard_rows(lab, config.mixture, "align"), Readers(lab, spelling)
+    hearing = lab.model.hearing
+    assert hearing is not None
 
     def losses(step: int) -> dict[str, Tensor]:
         heard = heard_at(step)
         batch = lab.batch([lab.render(row.turns) for row in heard])
-        assert batch.sound is not None and lab.model.hearing is not None
+        assert batch.sound is not None
         if step >= MASK_FROM_STEP:
             _mask_spectrum(batch.sound.mel, batch.sound.lengths, lab.rng("mask align", step))
-        with _watched(lab.model.hearing.encoder) as states:
+        with _watched(hearing.encoder) as states, _watched(hearing.adapter) as embeds:
             text = lab.model(batch)["text"]
-        frames = torch.tensor([lab.model.hearing.config.encoder.frames_for(int(n)) for n in batch.sound.lengths])
-        ctc = head(states[0], frames, [row.spelled for row in heard])
-        return {"loss": text + weight * ctc, "text": text, "ctc": ctc}
+        frames = [hearing.config.encoder.frames_for(int(n)) for n in batch.sound.lengths]
+        ctc = heads.spelling(states[0], torch.tensor(frames), [row.spelled for row in heard])
+        told = {"loss": text + config.auxiliary.get("ctc", 0.0) * ctc, "text": text, "ctc": ctc}
+        if weight := config.auxiliary.get("words"):
+            lengths = [-(-n // hearing.config.adapter.stack) for n in frames]
+            told["words"] = heads.words(embeds[0], lengths, [lab.tokenizer.encode(row.words) for row in heard])
+            told["loss"] = told["loss"] + weight * told["words"]
+        return told
 
-    return losses
+    return losses, heads
 
 
 def sft_losses(lab: Lab, config: StageConfig) -> Losses:

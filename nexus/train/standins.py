@@ -47,6 +47,29 @@ class CharacterCTC(nn.Module):
         return texts
 
 
+class WordCTC(nn.Module):
+    """The words of a sound from the adapter's embeddings, by CTC among the language model's own embeddings of all
+    tokens: a sound comes to lie beside the words that are heard in it, where a frozen language model finds them."""
+
+    def __init__(self, known: Float[Tensor, "V D"]) -> None:
+        super().__init__()
+        self.known = nn.functional.normalize(known.detach(), dim=-1)
+        self.blank = nn.Parameter(0.02 * torch.randn(1, known.shape[1]))
+        self.sharpness = nn.Parameter(torch.tensor(3.0))  # logarithm of the cosines' factor
+
+    def forward(
+        self, embeds: Float[Tensor, "M2 D"], lengths: Sequence[int], texts: Sequence[Sequence[int]]
+    ) -> Float[Tensor, ""]:
+        """Mean loss per token of sounds whose embeddings lie end to end; one with too few for its words has none."""
+        heard = nn.functional.normalize(embeds.float(), dim=-1)
+        classes = torch.cat([nn.functional.normalize(self.blank, dim=-1), self.known])
+        scores = (self.sharpness.exp() * (heard @ classes.T)).log_softmax(-1)
+        padded = nn.utils.rnn.pad_sequence(scores.split(list(lengths)))  # [M2 of the longest, X, 1 + V]
+        told = torch.tensor([token + 1 for text in texts for token in text])
+        sizes = torch.tensor([len(text) for text in texts])
+        return nn.functional.ctc_loss(padded, told, torch.tensor(lengths), sizes, zero_infinity=True)
+
+
 class MannerNames(nn.Module):
     """Who speaks how, from mean and deviation of the encoder's states over time: one classifier per attribute.
 
