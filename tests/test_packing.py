@@ -12,7 +12,7 @@ from nexus.data.chat import render, task_turns
 from nexus.data.collate import collate, sound
 from nexus.model.hearing import WhisperEncoder
 from nexus.model.omni import OmniModel
-from nexus.model.packing import PREFIX, SHORT, UNUSED, packed
+from nexus.model.packing import GRAIN, PREFIX, SHORT, UNUSED, packed
 from nexus.types import Batch, Text, Turn
 
 TOKENIZER = tiny_tokenizer()
@@ -104,6 +104,7 @@ def test_every_position_has_its_place_and_sees_its_own_row_and_the_prefix(
         return
     assert layout.source.numel() < len(lengths) * longest
     assert layout.source.shape[1] <= max(longest, SHORT)
+    assert layout.source.shape[1] % GRAIN == 0 or layout.source.shape[1] == longest
     flat = torch.arange(len(lengths) * longest).view(len(lengths), longest)
     back = layout.unpack(layout.pack(flat))
     segments, sees = layout.segment.flatten(), layout.sees(True)
@@ -119,6 +120,13 @@ def test_every_position_has_its_place_and_sees_its_own_row_and_the_prefix(
             assert int(segments[place]) == (PREFIX if column < shared else row)
     assert bool(sees.any(-1).all())
     assert int((segments == UNUSED).sum()) < layout.source.numel()
+
+
+def test_batches_of_ever_other_lengths_have_few_shapes() -> None:
+    """Every shape of a product is compiled once; the batches themselves have as many shapes as there are."""
+    draws = [torch.randint(20, 250, (38,), generator=torch.Generator().manual_seed(step)) for step in range(300)]
+    shapes = {layout.source.shape for draw in draws if (layout := packed(draw.tolist(), int(draw.max()), 256, 20))}
+    assert len(shapes) < 15 < len({int(draw.sum()) for draw in draws})
 
 
 def test_what_saves_nothing_is_not_packed() -> None:

@@ -23,7 +23,7 @@ from tiny import RATE_HZ, spelled, tiny_model, tiny_picture, tiny_recipe, tiny_s
 
 from nexus.data.chat import render, task_turns
 from nexus.data.collate import collate
-from nexus.data.prepared import Line, Prepared, SpeechBatches, speech_batch
+from nexus.data.prepared import FRAME_GRAIN, Line, Prepared, SpeechBatches, speech_batch
 from nexus.errors import BadCheckpoint, BadConfig, BadRecord
 from nexus.media import write_wav
 from nexus.model.folder import load_model, save_model
@@ -408,7 +408,8 @@ def test_a_batch_of_lines_is_padded_behind_its_end() -> None:
     long = Line(torch.ones(3, 4), torch.ones(3, 4), spelled(torch.ones(3)), torch.ones(8, 5, dtype=torch.long))
     batch = speech_batch([short, long])
     assert batch.script.lengths.tolist() == [1, 3] and batch.lengths.tolist() == [2, 5]
-    assert batch.script.states[0].sum(-1).tolist() == [4, 0, 0] and batch.codes[0, 3].tolist() == [1, 1, 0, 0, 0]
+    assert batch.script.states.shape[1] == batch.script.letters.shape[1] == batch.codes.shape[2] == FRAME_GRAIN
+    assert batch.script.states[0].sum(-1).tolist() == [4, *[0] * 7] and batch.codes[0, 3].tolist() == [1, 1, *[0] * 6]
 
 
 @pytest.mark.slow

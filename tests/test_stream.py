@@ -12,7 +12,7 @@ LENGTHS = st.lists(st.floats(0.1, 30.0), min_size=1, max_size=60)
 
 
 @given(LENGTHS, st.integers(1, 12), st.integers(0, 5), st.integers(0, 3))
-def test_an_epoch_shows_every_item_once_but_for_the_filling_of_the_last_batch(
+def test_an_epoch_shows_every_item_once_but_for_the_filling_of_the_last_pair(
     lengths: list[float], rows: int, seed: int, epoch: int
 ) -> None:
     buckets = Buckets(lengths, rows, seed)
@@ -22,7 +22,7 @@ def test_an_epoch_shows_every_item_once_but_for_the_filling_of_the_last_batch(
     assert all(len(batch) == len(set(batch)) == size for batch in batches)
     seen = sorted(index for batch in batches for index in batch)
     assert set(seen) == set(range(len(lengths)))
-    assert len(seen) - len(lengths) == -len(lengths) % size
+    assert count % 2 == 0 and len(seen) - len(lengths) == -len(lengths) % (2 * size)
     assert max(seen.count(index) for index in seen) <= 2
 
 
@@ -38,8 +38,8 @@ def test_a_batch_depends_on_seed_and_step_alone_and_not_on_what_was_asked_before
 def test_epochs_and_seeds_have_different_orders() -> None:
     lengths = np.linspace(1, 9, 40).tolist()
     buckets = Buckets(lengths, 8, 0)
-    first, second = ([buckets.at(epoch * 5 + place) for place in range(5)] for epoch in (0, 1))
-    assert first != second and first != [Buckets(lengths, 8, 1).at(place) for place in range(5)]
+    first, second = ([buckets.at(epoch * 6 + place) for place in range(6)] for epoch in (0, 1))
+    assert first != second and first != [Buckets(lengths, 8, 1).at(place) for place in range(6)]
 
 
 def test_items_of_a_batch_have_similar_lengths() -> None:
@@ -50,7 +50,16 @@ def test_items_of_a_batch_have_similar_lengths() -> None:
 
 
 def test_batches_do_not_come_in_the_order_of_their_lengths() -> None:
-    buckets = Buckets(list(range(1, 401)), 10, 0)
-    means = [float(np.mean(buckets.at(step))) for step in range(40)]
+    buckets = Buckets(list(range(1, 801)), 10, 0)
+    means = [float(np.mean(buckets.at(step))) for step in range(0, 80, 2)]
     rises = sum(a < b for a, b in pairwise(means))
     assert 10 < rises < 30
+
+
+def test_two_steps_of_a_pair_take_about_as_long() -> None:
+    lengths = np.random.default_rng(1).uniform(1.0, 10.0, 500)
+    buckets = Buckets(lengths.tolist(), 16, 3)
+    whole = range(0, buckets.batches_per_epoch, 2)
+    ratios = sorted(max(lengths[buckets.at(step)]) / max(lengths[buckets.at(step + 1)]) for step in whole)
+    assert ratios[1] > 0.6 and ratios[-2] < 1.6  # all but the pair that is filled up
+    assert np.median(np.abs(np.log(ratios))) < 0.1

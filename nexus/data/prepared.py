@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from nexus.data.chat import ChatTokenizer, Rendered
 from nexus.data.stream import Budget, Lengths, cut
 from nexus.errors import BadCheckpoint, BadConfig
+from nexus.model.packing import rounded
 from nexus.recipe import fingerprint
 from nexus.types import Audio, Script, SpeechBatch, Text, Turn
 
 FORMAT = "nexus-prepared/2"
 INDEX = "index.json"
+FRAME_GRAIN = 8  # batches are padded to multiples of so many frames, and of so many words: few shapes, as packs have
 OPEN_SHARDS = 64  # kept open at a time by a process
 
 
@@ -43,7 +45,9 @@ def speech_batch(lines: Sequence[Line]) -> SpeechBatch:
     """Lines side by side, padded with zeros."""
 
     def pad(tensors: list[Tensor]) -> Tensor:
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
+        spare = rounded(padded.shape[1], FRAME_GRAIN) - padded.shape[1]
+        return nn.functional.pad(padded, (0, 0, 0, spare))
 
     script = Script(
         pad([line.states for line in lines]),

@@ -13,8 +13,9 @@ TOGETHER = 32  # rows without sound that stay side by side; fewer mix better and
 
 
 class Buckets:
-    """Batches of `rows` items of similar length. Within an epoch every item is seen once, except that the last
-    batch is filled up from the beginning of the epoch's order."""
+    """Batches of `rows` items of similar length, two such batches at a time: two ranks of which each takes every other
+    step wait little for each other. Within an epoch every item is seen once, except that the last two batches are
+    filled up from the beginning of the epoch's order."""
 
     def __init__(self, lengths: Sequence[float] | Sequence[int], rows: int, seed: int) -> None:
         assert rows > 0 and len(lengths) > 0, (rows, len(lengths))
@@ -26,7 +27,7 @@ class Buckets:
     @property
     def batches_per_epoch(self) -> int:
         """Batches until every item has been seen."""
-        return -(-len(self._lengths) // self._rows)
+        return 2 * -(-len(self._lengths) // (2 * self._rows))
 
     def at(self, step: int) -> list[int]:
         """Indices of the items of batch `step`."""
@@ -36,13 +37,13 @@ class Buckets:
         return self._epoch[1][place].tolist()
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Batches [batches, rows] of one epoch: sorted by slightly disturbed length, then shuffled as batches."""
+        """Batches [batches, rows] of one epoch: sorted by slightly disturbed length, then shuffled as pairs."""
         rng = np.random.default_rng([self._seed, epoch])
         disturbed = self._lengths * rng.uniform(0.93, 1.07, len(self._lengths))
         order = np.argsort(disturbed, kind="stable")
-        short = -len(order) % self._rows
-        batches = np.concatenate([order, order[:short]]).reshape(-1, self._rows)
-        return batches[rng.permutation(len(batches))]
+        short = -len(order) % (2 * self._rows)
+        pairs = np.concatenate([order, order[:short]]).reshape(-1, 2, self._rows)
+        return pairs[rng.permutation(len(pairs))].reshape(-1, self._rows)
 
 
 @dataclass(frozen=True)

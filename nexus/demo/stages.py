@@ -195,6 +195,7 @@ def prepare_lines(lab: Lab, config: StageConfig, bf16: bool, ranks: Ranks, tell:
     jobs += replies[: len(jobs) * config.mixture["s2s"] // config.mixture["tts"]]
     jobs = jobs[ranks.rank :: ranks.world]
     jobs.sort(key=lambda job: (job[0] is not None, len(spoken[job[1]].text)))  # rows of one length side by side
+    lab.model.pack(True)
     lines: list[Line] = []
     for start in range(0, len(jobs), PREPARED_ROWS):
         some = jobs[start : start + PREPARED_ROWS]
@@ -204,6 +205,7 @@ def prepare_lines(lab: Lab, config: StageConfig, bf16: bool, ranks: Ranks, tell:
         for (_, place), row, state in zip(some, rows, states, strict=True):
             lines.append(_line(lab, [row.tokens[at] for at in row.spoken], state.float(), place))
         tell(len(rows))
+    lab.model.pack(False)
     return lines
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nexus.errors import Misaligned
 from nexus.model.layers import Block, BlockConfig, padding_bias, rotary
-from nexus.model.packing import packed
+from nexus.model.packing import packed, rounded
 from nexus.organs import AdapterConfig, EncoderConfig, HearingConfig, OutsideEncoder
 from nexus.types import Encoded, Sound
 
@@ -24,6 +24,9 @@ def sinusoids(length: int, width: int) -> Float[Tensor, "L E"]:
         rates = torch.exp(-torch.log(torch.tensor(10_000.0)) / (width // 2 - 1) * torch.arange(width // 2))
         angles = torch.arange(length)[:, None] * rates
         return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+MEL_GRAIN = 32  # frames of 10 ms; with packs end to end, windows of sound are padded to multiples of so many
 
 
 class WhisperEncoder(nn.Module):
@@ -49,6 +52,10 @@ class WhisperEncoder(nn.Module):
         """States of each window; padding beyond its length never reaches a valid state."""
         first, second = self.config.conv_strides
         mel, lengths = mel.to(self.conv1.weight), lengths.to("cpu")  # lengths steer the computation
+        states = self.config.frames_for(mel.shape[2])
+        full = round(self.config.window_seconds * 100)
+        if self.packing and mel.shape[2] < full:  # few shapes, as those of packs are
+            mel = nn.functional.pad(mel, (0, min(rounded(mel.shape[2], MEL_GRAIN), full) - mel.shape[2]))
         x = nn.functional.gelu(self.conv1(_silence_padding(mel, lengths)))
         lengths = (lengths + first - 1) // first
         x = nn.functional.gelu(self.conv2(_silence_padding(x, lengths)))
@@ -72,7 +79,7 @@ class WhisperEncoder(nn.Module):
                 x = checkpoint(layer, x, bias, turns, use_reentrant=False)
             else:
                 x = layer(x, bias, turns)
-        return self.norm(x if layout is None else layout.unpack(x))
+        return self.norm(x if layout is None else layout.unpack(x))[:, :states]
 
 
 def _silence_padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from nexus.errors import Misaligned, NexusError
 from nexus.model.hearing import Hearing
 from nexus.model.internvit import InternViT
 from nexus.model.language import Language
+from nexus.model.packing import GRAIN, rounded
 from nexus.model.vision import Vision
 from nexus.model.voice.delayed import DelayedVoice, undelay
 from nexus.model.voice.speaking import Speaking
@@ -114,8 +115,13 @@ class OmniModel(nn.Module):
         hidden = self.hidden(batch)
         targets = batch.labels[:, 1:]  # the one place where labels are shifted
         rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
+        wanted = targets[rows, columns]
+        if self.language.packing:  # few shapes, as those of packs are; the first place stands in for what is filled up
+            spare = rounded(len(wanted), GRAIN) - len(wanted)
+            rows, columns = (nn.functional.pad(place, (0, spare)) for place in (rows, columns))
+            wanted = nn.functional.pad(wanted, (0, spare), value=IGNORE)
         logits = self.language.logits(hidden[rows, columns])  # only where a label exists: [n, V]
-        loss = nn.functional.cross_entropy(logits.float(), targets[rows, columns].to(logits.device))
+        loss = nn.functional.cross_entropy(logits.float(), wanted.to(logits.device), ignore_index=IGNORE)
         silent = (targets == IGNORE).all(1)
         if bool(silent.any()):  # rows that teach nothing: the organs they run through have a gradient, of zeros
             loss = loss + 0.0 * hidden[silent.to(hidden.device)].float().sum()

@@ -78,7 +78,8 @@ class Ranks:
         members = list(parameters)
         flat = torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in members])
         dist.all_reduce(flat)
-        for parameter, mean in zip(members, (flat / self.world).split([p.numel() for p in members]), strict=True):
+        flat /= self.world
+        for parameter, mean in zip(members, flat.split([p.numel() for p in members]), strict=True):
             parameter.grad = mean.view_as(parameter)
 
     def agree(self, number: int) -> int:
