@@ -259,7 +259,7 @@ DAMAGES: dict[str, tuple[Callable[[Weights], Weights], str]] = {
     "a half is missing": (lambda w: {HALF: w[HALF]}, "q_proj.lora_A.weight without"),
     "a stray tensor": (lambda w: {**w, "stray": torch.zeros(1)}, "holds stray"),
     "a layer we lack": (lambda w: renamed(w, FIRST, UNKNOWN), "layers.9.mlp.up_proj, expected a linear layer"),
-    "a layer that is not linear": (lambda w: renamed(w, FIRST, NORM), "found a Qwen2_5_VLRMSNorm"),
+    "a layer that is not linear": (lambda w: renamed(w, FIRST, NORM), "found a RMSNorm"),
     "two names of one layer": (lambda w: w | renamed(w, FIRST, OLD_NAME), "two weights"),
     "another width": (lambda w: {**w, HALF: torch.zeros(4, 31)}, "shape [4, 31]"),
     "another rank": (lambda w: {**w, OTHER: torch.zeros(32, 5)}, "shape [32, 5]"),

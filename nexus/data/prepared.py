@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from nexus.data.chat import ChatTokenizer, Rendered
 from nexus.data.stream import Budget, Lengths, cut
 from nexus.errors import BadCheckpoint, BadConfig
-from nexus.model.packing import rounded
 from nexus.recipe import fingerprint
 from nexus.types import Audio, Script, SpeechBatch, Text, Turn
 
@@ -46,8 +45,7 @@ def speech_batch(lines: Sequence[Line]) -> SpeechBatch:
 
     def pad(tensors: list[Tensor]) -> Tensor:
         padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True)
-        spare = rounded(padded.shape[1], FRAME_GRAIN) - padded.shape[1]
-        return nn.functional.pad(padded, (0, 0, 0, spare))
+        return nn.functional.pad(padded, (0, 0, 0, -padded.shape[1] % FRAME_GRAIN))
 
     script = Script(
         pad([line.states for line in lines]),

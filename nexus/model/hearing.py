@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nexus.errors import Misaligned
 from nexus.model.layers import Block, BlockConfig, padding_bias, rotary
-from nexus.model.packing import packed, rounded
+from nexus.model.packing import packed
 from nexus.organs import AdapterConfig, EncoderConfig, HearingConfig, OutsideEncoder
 from nexus.types import Encoded, Sound
 
@@ -55,7 +55,7 @@ class WhisperEncoder(nn.Module):
         states = self.config.frames_for(mel.shape[2])
         full = round(self.config.window_seconds * 100)
         if self.packing and mel.shape[2] < full:  # few shapes, as those of packs are
-            mel = nn.functional.pad(mel, (0, min(rounded(mel.shape[2], MEL_GRAIN), full) - mel.shape[2]))
+            mel = nn.functional.pad(mel, (0, min(-mel.shape[2] % MEL_GRAIN, full - mel.shape[2])))
         x = nn.functional.gelu(self.conv1(_silence_padding(mel, lengths)))
         lengths = (lengths + first - 1) // first
         x = nn.functional.gelu(self.conv2(_silence_padding(x, lengths)))

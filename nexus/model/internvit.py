@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nexus.model.fused import attend
 from nexus.organs import Attention, InternViTConfig
 from nexus.types import Encoded, Sight
 
@@ -41,8 +42,7 @@ class ScaledBlock(nn.Module):
 def _attend(q: Tensor, k: Tensor, v: Tensor, how: Attention) -> Tensor:
     if how == "sdpa":
         return nn.functional.scaled_dot_product_attention(q, k, v)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores.float().softmax(-1).to(v.dtype) @ v
+    return attend(q, k, v, scale=q.shape[-1] ** -0.5)
 
 
 class Tower(nn.Module):

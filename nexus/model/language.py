@@ -11,15 +11,36 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import eager_mask
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2RotaryEmbedding
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding, Qwen2_5_VLTextModel
 
+from nexus.model.fused import attend, autocast_type, fuse_norms
 from nexus.model.packing import packed
 from nexus.organs import InternViTConfig, LanguageConfig, VisionConfig
 from nexus.types import Span
+
+FUSED = "nexus"  # the name under which transformers finds `attend`
+
+
+def _attend(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **unused: object
+) -> tuple[Tensor, None]:
+    """Attention as transformers' layers ask for it."""
+    return attend(q, k, v, mask, scaling).transpose(1, 2), None
+
+
+def _in_autocast_type(_module: nn.Module, _inputs: object, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines in the type of the queries and keys that they turn."""
+    cosines, sines = turns
+    return cosines.to(autocast_type(cosines)), sines.to(autocast_type(sines))
+
+
+AttentionInterface.register(FUSED, _attend)
+AttentionMaskInterface.register(FUSED, eager_mask)
 
 
 @dataclass
@@ -85,7 +106,7 @@ class Language(nn.Module):
             "rms_norm_eps": config.norm_eps,
             "bos_token_id": None,
             "eos_token_id": None,
-            "attn_implementation": config.attention,
+            "attn_implementation": FUSED if config.attention == "eager" else config.attention,
         }
         rope = {"rope_type": "default", "rope_theta": config.rope_theta}
         self.backbone: Qwen2Model | Qwen2_5_VLTextModel
@@ -100,6 +121,8 @@ class Language(nn.Module):
                 self.backbone, rotary = Qwen2_5_VLTextModel(published), lambda: Qwen2_5_VLRotaryEmbedding(published)
         with torch.device("cpu"):  # its numbers are in no checkpoint: they are real also on the meta device
             self.backbone.rotary_emb = rotary()
+        self.backbone.rotary_emb.register_forward_hook(_in_autocast_type)
+        fuse_norms(self.backbone)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=self.backbone.config.initializer_range)

@@ -17,7 +17,7 @@ from nexus.errors import Misaligned, NexusError
 from nexus.model.hearing import Hearing
 from nexus.model.internvit import InternViT
 from nexus.model.language import Language
-from nexus.model.packing import GRAIN, rounded
+from nexus.model.packing import GRAIN
 from nexus.model.vision import Vision
 from nexus.model.voice.delayed import DelayedVoice, undelay
 from nexus.model.voice.speaking import Speaking
@@ -117,7 +117,7 @@ class OmniModel(nn.Module):
         rows, columns = (targets != IGNORE).nonzero(as_tuple=True)
         wanted = targets[rows, columns]
         if self.language.packing:  # few shapes, as those of packs are; the first place stands in for what is filled up
-            spare = rounded(len(wanted), GRAIN) - len(wanted)
+            spare = -len(wanted) % GRAIN
             rows, columns = (nn.functional.pad(place, (0, spare)) for place in (rows, columns))
             wanted = nn.functional.pad(wanted, (0, spare), value=IGNORE)
         logits = self.language.logits(hidden[rows, columns])  # only where a label exists: [n, V]

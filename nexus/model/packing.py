@@ -66,19 +66,14 @@ def packed(lengths: Sequence[int], longest: int, width: int, shared: int = 0) ->
         return None
     order = sorted(range(len(rest)), key=lambda row: -rest[row])
     tried = []
-    most = max(longest, SHORT)
-    for size in range(min(rounded(shared + max(rest), GRAIN), most), most + 1, GRAIN):
+    least, most = shared + max(rest), max(longest, SHORT)
+    for size in range(min(least + -least % GRAIN, most), most + 1, GRAIN):
         packs = _first_fit(order, rest, size - shared)
         tried.append((len(packs) * _cost(size, width), size, packs))
     cost, size, packs = min(tried, key=lambda one: one[0])
     if cost >= len(lengths) * _cost(longest, width):
         return None
     return _laid(packs, size, lengths, longest, shared)
-
-
-def rounded(length: int, grain: int) -> int:
-    """The next multiple of `grain`."""
-    return -(-length // grain) * grain
 
 
 def _cost(length: int, width: int) -> float:

@@ -15,6 +15,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 )
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
+from nexus.model.fused import attend, fuse_norms
 from nexus.organs import VisionConfig
 from nexus.types import Encoded, Sight
 
@@ -40,8 +41,7 @@ def packed_attention(
         if fused:
             out[index] = nn.functional.scaled_dot_product_attention(qs, ks, vs).transpose(1, 2)
             continue
-        scores = qs @ ks.transpose(-1, -2) * q.shape[-1] ** -0.5
-        out[index] = (scores.float().softmax(-1).to(vs.dtype) @ vs).transpose(1, 2)
+        out[index] = attend(qs, ks, vs, scale=q.shape[-1] ** -0.5).transpose(1, 2).to(out.dtype)
     return out
 
 
@@ -69,6 +69,7 @@ class Vision(nn.Module):
         self.tower = Qwen2_5_VisionTransformerPretrainedModel(published)
         with torch.device("cpu"):  # its numbers are in no checkpoint: they are real also on the meta device
             self.tower.rotary_pos_emb = Qwen2_5_VLVisionRotaryEmbedding(published)
+        fuse_norms(self.tower)
 
     def _windows(self, grids: Tensor) -> tuple[Tensor, list[int]]:
         """Order of merged tokens by window, and the patches in each window."""

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nexus.model.layers import Block, RMSNorm, rotary, sinusoids
+from nexus.model.fused import RMSNorm
+from nexus.model.layers import Block, rotary, sinusoids
 from nexus.model.voice.matrices import Matrix
 from nexus.organs import VoiceConfig
 

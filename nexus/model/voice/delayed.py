@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nexus.model.layers import Block, BlockConfig, RMSNorm, causal_bias, rotary, sinusoids
+from nexus.model.fused import RMSNorm
+from nexus.model.layers import Block, BlockConfig, causal_bias, rotary, sinusoids
 from nexus.model.voice.decoder import Decoder
 from nexus.model.voice.matrices import Matrix, dense, int8
 from nexus.model.voice.speaking import Speaking, Speech, shares
