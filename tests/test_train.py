@@ -29,7 +29,7 @@ STAGES = (*tiny_recipe().standins, *tiny_recipe().stages)
 PREFIXES = {
     "codec": ("codec.",),
     "sight": ("vision.",),
-    "backbone": ("vision.", "language."),
+    "backbone": ("language.",),
     "ears": ("hearing.encoder.",),
     "align": ("hearing.encoder.", "hearing.adapter."),
     "sft": ("hearing.adapter.", "vision.tower.merger.", "language."),
