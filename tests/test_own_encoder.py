@@ -147,11 +147,12 @@ def test_the_example_counts_its_own_states(package: Path, mel_frames: int, stack
 def test_what_stands_behind_a_window_does_not_reach_its_states(package: Path, valid: int, more: int) -> None:
     settings = config()
     torch.manual_seed(1)
-    made = settings.resolve()(80, 16, **settings.settings).eval()
-    mel, states = torch.randn(1, 80, valid), settings.frames_for(valid)
+    # In float64: sums over windows of other lengths are taken in another order, which in float32 shows above 1e-6.
+    made = settings.resolve()(80, 16, **settings.settings).double().eval()
+    mel, states = torch.randn(1, 80, valid, dtype=torch.float64), settings.frames_for(valid)
     filled = torch.nn.functional.pad(mel, (0, more))
     alone, beside = made(mel, torch.tensor([valid])), made(filled, torch.tensor([valid]))
-    torch.testing.assert_close(alone[:, :states], beside[:, :states], atol=2e-6, rtol=0)
+    torch.testing.assert_close(alone[:, :states], beside[:, :states], atol=1e-6, rtol=0)
 
 
 REFUSED = {

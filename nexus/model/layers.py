@@ -29,11 +29,12 @@ class BlockConfig:
 
 
 def rotary(positions: Int[Tensor, "B T"], head_width: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, T, head_width] for the given integer positions."""
+    """Cosines and sines [B, 1, T, head_width] of integer positions, in the autocast type where there is one."""
     rates = theta ** (-torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width)
     angles = positions[..., None].float() * rates
     angles = torch.cat([angles, angles], dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    kind = autocast_type(angles)
+    return angles.cos().to(kind), angles.sin().to(kind)
 
 
 def sinusoids(positions: Int[Tensor, "T"], width: int, theta: float = 10_000.0) -> Float[Tensor, "T W"]:
@@ -75,7 +76,6 @@ class Block(nn.Module):
         shape = (batch, length, heads, width // heads)
         q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.query, self.key, self.value))
         if turns is not None:
-            turns = turns[0].to(autocast_type(turns[0])), turns[1].to(autocast_type(turns[1]))
             q, k = rotate(q, *turns), rotate(k, *turns)
         return q, k, v
 
